@@ -26,7 +26,7 @@ lint: $(INSTALLED)
 	$(BIN)/pyright
 
 bench: $(INSTALLED)
-	$(BIN)/python -m longscan.benchmarks.all
+	$(BIN)/python -m benchmarks
 
 install: $(INSTALLED)
 

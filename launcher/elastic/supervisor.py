@@ -1,0 +1,176 @@
+"""Forms the worker group, watches it, and ends it: the only place that decides when a run starts and stops.
+
+It holds the run folder's lock and counts incarnations. It computes nothing of the model and reads none of the data.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...errors import UserError
+from ..config import Config
+from ..run_folder import RunFolder
+from ..training.progress import Progress
+
+POLL_SECONDS = 0.2
+# How long after a first failure others are waited for: the rank that died is named, not the peer that noticed.
+SECONDS_TO_COLLECT_FAILURES = 2.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: "finished" or "stopped", and its folder."""
+
+    status: str
+    folder: Path
+
+
+def train(config: Config, *, fresh: bool = False, init_from: str | None = None, stop_at: int | None = None) -> Outcome:
+    """Runs or resumes the training that `config` describes.
+
+    Args:
+        config: a resolved and validated configuration; `run.folder` names the run.
+        fresh: refuse to continue an existing run.
+        init_from: a checkpoint or run whose weights begin a new run, with a fresh optimiser.
+        stop_at: save and leave after this step, as if the job's time were up.
+
+    Raises:
+        UserError: the run failed; the message says where and how to go on.
+    """
+    with RunFolder.open(Path(config.run.folder), config, fresh=fresh) as folder:
+        if init_from and folder.has_checkpoint():
+            raise UserError(
+                f"{folder.path} already holds checkpoints, so --init-from would be ignored. "
+                "Name a new run folder with --run, or leave --init-from out to resume."
+            )
+        incarnation = folder.next_incarnation()
+        with StopSignals() as signals, Progress() as progress:
+            launch = _train_inline if config.run.launcher == "inline" else _train_on_ray
+            status = launch(config, folder, incarnation, init_from, stop_at, signals, progress)
+        folder.event("ended", incarnation=incarnation, status=status)
+        return Outcome(status, folder.path)
+
+
+class StopSignals:
+    """Turns the first SIGINT or SIGTERM into a request to save and stop; the second leaves at once."""
+
+    def __init__(self):
+        self.requested = threading.Event()
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._received)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _received(self, number: int, frame: object) -> None:
+        if self.requested.is_set():
+            os._exit(1)
+        self.requested.set()
+
+
+def _train_inline(
+    config: Config,
+    folder: RunFolder,
+    incarnation: int,
+    init_from: str | None,
+    stop_at: int | None,
+    signals: StopSignals,
+    progress: Progress,
+) -> str:
+    """The same trainer in this process, for debuggers and profilers."""
+    from ..training.trainer import Place, Trainer
+
+    folder.event("formed", incarnation=incarnation, workers=[{"rank": 0, "host": "inline", "pid": os.getpid()}])
+    place = Place(rank=0, world=1, incarnation=incarnation, address="")
+    trainer = Trainer(config, str(folder.path), place, progress.show, signals.requested)
+    return trainer.run(init_from=init_from, stop_at=stop_at)
+
+
+def _train_on_ray(
+    config: Config,
+    folder: RunFolder,
+    incarnation: int,
+    init_from: str | None,
+    stop_at: int | None,
+    signals: StopSignals,
+    progress: Progress,
+) -> str:
+    """One Ray actor a rank."""
+    from ..cluster.ray_cluster import RayCluster
+
+    began = time.monotonic()
+    with RayCluster(config) as cluster:
+        workers, places = cluster.form(folder.path, incarnation)
+        folder.event("formed", incarnation=incarnation, workers=places, seconds=time.monotonic() - began)
+        return _watch(cluster, workers, places, incarnation, init_from, stop_at, signals, progress)
+
+
+def _watch(
+    cluster: Any,
+    workers: list[Any],
+    places: list[dict[str, Any]],
+    incarnation: int,
+    init_from: str | None,
+    stop_at: int | None,
+    signals: StopSignals,
+    progress: Progress,
+) -> str:
+    """Shows rank 0's reports until every rank has ended; raises for the first that failed."""
+    from ..training.trainer import Place
+
+    address = f"{places[0]['address']}:{places[0]['port']}"
+    runs = [
+        worker.train.remote(Place(rank, len(workers), incarnation, address), init_from, stop_at)
+        for rank, worker in enumerate(workers)
+    ]
+    stop_sent = False
+    statuses: dict[int, str] = {}
+    while len(statuses) < len(runs):
+        if signals.requested.is_set() and not stop_sent:
+            progress.show({"kind": "note", "text": "stopping after this step; once more leaves at once"})
+            for worker in workers:
+                worker.stop.remote()
+            stop_sent = True
+        ended, failures = cluster.poll(runs, POLL_SECONDS)
+        statuses.update(ended)
+        if failures:
+            time.sleep(SECONDS_TO_COLLECT_FAILURES)
+            _show_reports(cluster, workers, progress)
+            raise _failure(cluster.poll(runs, 0)[1], places)
+        _show_reports(cluster, workers, progress)
+    return statuses[0]
+
+
+def _show_reports(cluster: Any, workers: list[Any], progress: Progress) -> None:
+    for report in cluster.ask(workers[0].reports.remote, default=[]):
+        progress.show(report)
+
+
+def _failure(failures: dict[int, Exception], places: list[dict[str, Any]]) -> UserError:
+    """The error to show: a rank's own clear sentence first, then a death, then what the others noticed of it."""
+    rank = min(failures, key=lambda rank: (_severity(failures[rank]), rank))
+    error = failures[rank]
+    if isinstance(error, UserError):
+        return error
+    place = places[rank]
+    what = str(error).strip().split("\n")[-1]
+    return UserError(
+        f"rank {rank} (pid {place['pid']} on {place['host']}) failed: {what}. Its log is in the run folder "
+        "under logs/; the same command resumes from the last checkpoint."
+    )
+
+
+def _severity(error: Exception) -> int:
+    return 0 if isinstance(error, UserError) else 1 if "died" in str(error).lower() else 2
