@@ -19,7 +19,8 @@ class Batch:
             and every label of a dummy row).
         cu_seqlens: int32 [N + 1], continues: bool [B], doc_start: int32 [B * T]: the documents of the rows, as
             `kernels.Segments` defines them. Padding at the end of a row is a segment of its own.
-        rows: (stage, row) of each row in the data plan; an empty tuple for dummy rows.
+        rows: (stage, row) of each row in the data plan, (-1, row) for rows of a held-out split; an empty tuple for
+            dummy rows.
         text_bytes: how many bytes of source text the labels stand for (the bits-per-byte denominator).
     """
 
@@ -28,7 +29,7 @@ class Batch:
     cu_seqlens: Tensor
     continues: Tensor
     doc_start: Tensor
-    rows: tuple[tuple[int, int], ...]
+    rows: tuple[tuple[int, int] | tuple[()], ...]
     text_bytes: float
 
     @property
