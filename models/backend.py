@@ -1,0 +1,128 @@
+"""The constructors of parameterised layers that a tensor layout may divide; LocalBackend divides nothing.
+
+Model files ask a Backend for column, row and block-diagonal linears and the vocabulary's tables, and for `local(n)`
+where they size a per-channel parameter themselves. A backend that shards gives the same layers over its ranks; model
+files do not change.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .parameters import normal, zeros
+
+
+class Backend(Protocol):
+    """Makes layers; `variance` is that of the initial weights, which the layer declares as its ParameterSpec."""
+
+    def local(self, size: int) -> int:
+        """How many of `size` channels or heads this rank holds."""
+        ...
+
+    def column_linear(self, inputs: int, outputs: int, bias: bool, variance: float) -> nn.Module:
+        """A linear whose outputs are divided."""
+        ...
+
+    def row_linear(self, inputs: int, outputs: int, bias: bool, variance: float) -> nn.Module:
+        """A linear whose inputs are divided and whose output is whole."""
+        ...
+
+    def head_linear(self, inputs: int, heads: int, head_dim: int, variance: float) -> nn.Module:
+        """A linear without bias to `heads` heads: divided by heads, or whole on every rank where too few to divide."""
+        ...
+
+    def block_diagonal_linear(self, blocks: int, width: int, variance: float) -> nn.Module:
+        """A block-diagonal linear with bias whose blocks are divided."""
+        ...
+
+    def embedding(self, vocab_size: int, width: int, variance: float) -> nn.Module:
+        """A table of `vocab_size` rows, its `weight` divided by rows."""
+        ...
+
+    def head(self, hidden: Tensor, table: Tensor) -> Tensor:
+        """Logits [..., V]: `hidden` against the rows of an embedding's weight."""
+        ...
+
+
+class LocalBackend:
+    """Whole layers on one device."""
+
+    def local(self, size: int) -> int:
+        """All of it."""
+        return size
+
+    def column_linear(self, inputs: int, outputs: int, bias: bool, variance: float) -> nn.Module:
+        """A plain linear."""
+        return Linear(inputs, outputs, bias, variance)
+
+    def row_linear(self, inputs: int, outputs: int, bias: bool, variance: float) -> nn.Module:
+        """A plain linear."""
+        return Linear(inputs, outputs, bias, variance)
+
+    def head_linear(self, inputs: int, heads: int, head_dim: int, variance: float) -> nn.Module:
+        """A plain linear."""
+        return Linear(inputs, heads * head_dim, False, variance)
+
+    def block_diagonal_linear(self, blocks: int, width: int, variance: float) -> nn.Module:
+        """Every block."""
+        return BlockDiagonalLinear(blocks, width, variance)
+
+    def embedding(self, vocab_size: int, width: int, variance: float) -> nn.Module:
+        """The whole table."""
+        return Embedding(vocab_size, width, variance)
+
+    def head(self, hidden: Tensor, table: Tensor) -> Tensor:
+        """All logits."""
+        return F.linear(hidden, table)
+
+
+class Linear(nn.Module):
+    """`x W^T + b`."""
+
+    def __init__(self, inputs: int, outputs: int, bias: bool, variance: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, inputs))
+        self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
+        self.specs = {"weight": normal(variance), "bias": zeros()}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., inputs] -> [..., outputs]."""
+        return F.linear(x, self.weight, self.bias)
+
+
+class BlockDiagonalLinear(nn.Module):
+    """Each of `blocks` groups of channels through a square matrix of its own, plus a bias.
+
+    Serves the RG-LRU's gates only, hence never decays: the released models decay no RG-LRU parameter.
+    """
+
+    def __init__(self, blocks: int, width: int, variance: float) -> None:
+        super().__init__()
+        side = width // blocks
+        self.weight = nn.Parameter(torch.empty(blocks, side, side))  # [block, input, output]
+        self.bias = nn.Parameter(torch.empty(width))
+        self.specs = {"weight": normal(variance, decay=False), "bias": zeros()}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., width] -> [..., width]."""
+        blocks, side, _ = self.weight.shape
+        grouped = x.reshape(-1, blocks, side).transpose(0, 1)
+        mixed = torch.bmm(grouped, self.weight).transpose(0, 1).reshape(x.shape)
+        return mixed + self.bias
+
+
+class Embedding(nn.Module):
+    """A table of vectors, looked up by token. Decays: as the tied head it is a matrix like the others."""
+
+    def __init__(self, vocab_size: int, width: int, variance: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, width))
+        self.specs = {"weight": normal(variance)}
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[...] -> [..., width]."""
+        return F.embedding(tokens, self.weight)

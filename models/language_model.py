@@ -1,0 +1,134 @@
+"""The language model: an embedding, blocks after a pattern, a norm and a head."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..errors import ConfigError
+from ..kernels import Segments
+from .backend import Backend, LocalBackend
+from .block import Block
+from .config import ModelConfig, validate
+from .norm import RMSNorm
+from .parameters import init_parameters, undecayed
+from .sequence import Carry, LocalContext, SequenceContext
+
+ACTIVATION_CHECKPOINTS = ("none", "full")
+
+
+class LanguageModel(nn.Module):
+    """Next-token logits of a block pattern given as data.
+
+    Parameters hold no values until `init_weights` or a checkpoint gives them (`device="meta"`, then `to_empty`,
+    builds a large model without memory). Computes in the parameters' dtype; norms, softmax, angles and scan states
+    in fp32, in fp64 for an fp64 model.
+
+    Args:
+        config: the model; `vocab_size` must be set.
+        backend: makes the layers; LocalBackend unless tensors are divided.
+        implementation: of the kernels: "auto", "reference" or "triton".
+        activation_checkpoint: "none" keeps every activation; "full" keeps a block's input and computes it again in
+            the backward pass, a third more work for the memory of one block.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        backend: Backend | None = None,
+        implementation: str = "auto",
+        activation_checkpoint: str = "none",
+    ) -> None:
+        super().__init__()
+        validate(config)
+        if config.vocab_size == 0:
+            raise ConfigError("model.vocab_size=0 was not filled in; set it to the tokenizer's vocabulary size")
+        if activation_checkpoint not in ACTIVATION_CHECKPOINTS:
+            known = ", ".join(ACTIVATION_CHECKPOINTS)
+            raise ConfigError(f"activation_checkpoint={activation_checkpoint!r} is not one of {known}")
+        self.config = config
+        self.backend = backend or LocalBackend()
+        self.activation_checkpoint = activation_checkpoint
+        self.embedding = self.backend.embedding(config.vocab_size, config.width, 1 / config.width)
+        blocks = [Block(name, config, self.backend, implementation) for name in config.mixers]
+        self.blocks = cast("Sequence[Block]", nn.ModuleList(blocks))
+        self.norm = RMSNorm(config.width, config.norm_eps)
+        if not config.tie_embeddings:
+            self.unembedding = self.backend.embedding(config.vocab_size, config.width, 1 / config.width)
+
+    def forward(self, tokens: Tensor, segments: Segments, contexts: Sequence[SequenceContext] | None = None) -> Tensor:
+        """Logits [B, T, V] of `tokens` [B, T] in the model's dtype; `contexts` as in `hidden`."""
+        return self.head(self.hidden(tokens, segments, contexts))
+
+    def hidden(self, tokens: Tensor, segments: Segments, contexts: Sequence[SequenceContext] | None = None) -> Tensor:
+        """The normed hidden states [B, T, D] that `head` turns into logits.
+
+        Args:
+            tokens: int64 [B, T].
+            segments: the documents of the piece.
+            contexts: one SequenceContext a block; None for a piece with nothing on its left.
+        """
+        x = self._embed(tokens)
+        for index, block in enumerate(self.blocks):
+            seq = LocalContext(segments) if contexts is None else contexts[index]
+            if self.activation_checkpoint == "full" and torch.is_grad_enabled():
+                x = checkpoint(block, x, seq, use_reentrant=False)
+            else:
+                x = block(x, seq)
+        return self.norm(x)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits [..., V] of normed hidden states [..., D]."""
+        table = "embedding" if self.config.tie_embeddings else "unembedding"
+        logits = self.backend.head(hidden, self.get_parameter(f"{table}.weight"))
+        cap = self.config.logit_soft_cap
+        return torch.tanh(logits / cap) * cap if cap else logits
+
+    def extend(self, tokens: Tensor, carry: Carry, segments: Segments | None = None) -> tuple[Tensor, Carry]:
+        """The hidden states [B, T, D] of a further piece, and the carry after it.
+
+        Without `segments` the piece goes on with the running documents; a row that has read nothing begins one.
+        """
+        segments = segments or carry.next_segments(tokens.shape[1])
+        contexts = [LocalContext(segments, layer) for layer in carry.layers]
+        hidden = self.hidden(tokens, segments, contexts)
+        return hidden, Carry([context.leaving for context in contexts], segments.positions[:, -1] + 1)
+
+    def prefill(self, tokens: Tensor, carry: Carry | None = None, chunk: int = 2048) -> tuple[Tensor, Carry]:
+        """The logits [B, V] of what follows `tokens` [B, T], and the carry; memory is that of `chunk` tokens."""
+        carry = carry or self.init_carry(tokens.shape[0])
+        hidden = None
+        for piece in tokens.split(chunk, dim=1):
+            hidden, carry = self.extend(piece, carry)
+        assert hidden is not None, "prefill needs at least one token"
+        return self.head(hidden[:, -1]), carry
+
+    def step(self, tokens: Tensor, carry: Carry) -> tuple[Tensor, Carry]:
+        """The logits [B, V] of what follows one more token a row [B], and the carry."""
+        x, layers = self._embed(tokens), []
+        for block, layer in zip(self.blocks, carry.layers, strict=True):
+            x, layer = block.step(x, layer, carry.position)
+            layers.append(layer)
+        return self.head(self.norm(x)), Carry(layers, carry.position + 1)
+
+    def init_carry(self, batch: int) -> Carry:
+        """The carry of `batch` rows that have read nothing."""
+        weight = self.get_parameter("embedding.weight")
+        layers = [block.mixer.init_carry(batch, weight.device, weight.dtype) for block in self.blocks]
+        return Carry(layers, torch.zeros(batch, dtype=torch.int64, device=weight.device))
+
+    def init_weights(self, seed: int) -> None:
+        """Draws every parameter in place from `seed` and its name; build order, device and dtype do not matter."""
+        init_parameters(self, seed)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that do not decay: norms, biases, and the RG-LRU's decays and gates."""
+        return undecayed(self)
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        return x * self.config.width**0.5 if self.config.embedding_scale else x

@@ -1,0 +1,29 @@
+"""The gated MLP of every block."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .backend import Backend
+from .config import ModelConfig
+
+ACTIVATIONS = {"gelu": partial(F.gelu, approximate="tanh"), "silu": F.silu}
+
+
+class MLP(nn.Module):
+    """`W_down(act(W_gate x) * W_up x)` (Griffin 2.1)."""
+
+    def __init__(self, config: ModelConfig, backend: Backend) -> None:
+        super().__init__()
+        width, hidden, bias = config.width, config.mlp.hidden_size(config.width), config.mlp.bias
+        self.gate = backend.column_linear(width, hidden, bias, 1 / width)
+        self.up = backend.column_linear(width, hidden, bias, 1 / width)
+        self.down = backend.row_linear(hidden, width, bias, 2 / (config.layers * hidden))
+        self.activation = ACTIVATIONS[config.mlp.activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D]."""
+        return self.down(self.activation(self.gate(x)) * self.up(x))

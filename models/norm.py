@@ -1,0 +1,28 @@
+"""RMSNorm."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .parameters import zeros
+
+
+def wide(x: Tensor) -> Tensor:
+    """`x` in the precision that norms, angles and states are computed in: fp32, or fp64 where x has it."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+class RMSNorm(nn.Module):
+    """`x / sqrt(mean(x^2) + eps) * (1 + scale)`, computed in fp32; the scale is stored around zero."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.empty(width))
+        self.eps = eps
+        self.specs = {"scale": zeros()}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D] in x's dtype."""
+        return F.rms_norm(wide(x), x.shape[-1:], 1 + wide(self.scale), self.eps).to(x.dtype)

@@ -1,0 +1,101 @@
+"""What a mixer may know of the sequence outside its piece, and what it hands on.
+
+A SequenceContext belongs to one mixer's pass over one piece. It answers what lies to the left and takes what leaves
+on the right, so that a mixer is written once whether the left is nothing, the last chunk or another rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..kernels import Segments
+
+Summarize = Callable[[], tuple[Tensor, Tensor]]
+
+
+class SequenceContext(Protocol):
+    """The piece's documents and its two ends.
+
+    A name stands for one quantity of the mixer (`"conv"`, `"keys"`, `"state"`) and is used once a pass.
+    """
+
+    @property
+    def segments(self) -> Segments:
+        """The documents of the piece."""
+        ...
+
+    def left_halo(self, name: str, x: Tensor, n: int) -> Tensor:
+        """The n entries [B, n, ...] left of x [B, T, ...], zeros where nothing is; or [B, 0, ...], where no segment
+        of the piece continues. The last n entries of both leave on the right under `name`."""
+        ...
+
+    def initial_state(self, name: str, summarize: Summarize) -> Tensor | None:
+        """The state that enters on the left, None for zero; `summarize` gives what this piece does to a state."""
+        ...
+
+    def leave(self, name: str, state: Tensor) -> None:
+        """Takes the state that leaves on the right."""
+        ...
+
+
+class LocalContext:
+    """The context of one device: nothing on the left, or the carry that an earlier chunk left.
+
+    Without a carry nothing is kept for the right either, which is training. With one (`init_carry` for the first
+    chunk), `leaving` holds the mixer's next carry after the pass.
+    """
+
+    def __init__(self, segments: Segments, carry: dict[str, Tensor] | None = None) -> None:
+        self.segments = segments
+        self.carry = carry
+        self.leaving: dict[str, Tensor] = {}
+
+    def left_halo(self, name: str, x: Tensor, n: int) -> Tensor:
+        """The carry's entries under `name`; none without a carry."""
+        if self.carry is None:
+            return x[:, :0]
+        halo = self.carry[name]
+        assert halo.shape[1] == n, f"carry {name!r} holds {halo.shape[1]} entries, the mixer asks for {n}"
+        self.leaving[name] = roll_in(halo, x)
+        return halo
+
+    def initial_state(self, name: str, summarize: Summarize) -> Tensor | None:
+        """The carry's state; `summarize` is never called."""
+        return None if self.carry is None else self.carry[name]
+
+    def leave(self, name: str, state: Tensor) -> None:
+        """Keeps the state for the next carry."""
+        if self.carry is not None:
+            self.leaving[name] = state
+
+
+def roll_in(kept: Tensor, x: Tensor) -> Tensor:
+    """The last n entries of `kept` [B, n, ...] followed by `x` [B, T, ...]; reads no more than those."""
+    n, tokens = kept.shape[1], x.shape[1]
+    if tokens >= n:
+        return x[:, tokens - n :]
+    return torch.cat([kept[:, tokens:], x], dim=1)
+
+
+@dataclass(frozen=True)
+class Carry:
+    """All that a model keeps of the tokens it has read; its size does not depend on how many.
+
+    Attributes:
+        layers: for each block the named tensors of its mixer, [B, ...].
+        position: int64 [B], how many tokens of its running document each row has read.
+    """
+
+    layers: list[dict[str, Tensor]]
+    position: Tensor
+
+    def next_segments(self, tokens: int) -> Segments:
+        """The segments of a further piece of `tokens` tokens that begins no document, except where none has begun."""
+        bounds = torch.arange(self.position.shape[0] + 1, device=self.position.device) * tokens
+        doc_start = (-self.position).repeat_interleave(tokens)
+        return Segments(bounds.to(torch.int32), self.position > 0, doc_start.to(torch.int32))

@@ -1,0 +1,45 @@
+"""Every mixer, in every configuration that takes another path through it."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from longscan.models import LocalBackend, ModelConfig
+from longscan.models.mixers import MIXERS, Mixer
+from longscan.models.parameters import init_parameters
+
+VARIANTS = {
+    "rg_lru": {
+        "default": {},
+        "released": {"decay_init": "released"},
+        "one-tap": {"conv_taps": 1},
+        "one-block-no-bias": {"gate_blocks": 1, "bias": False},
+    },
+    "local_attention": {
+        "default": {},
+        "window-1": {"window": 1},
+        "window-past-row": {"window": 64},
+        "grouped": {"kv_heads": 2, "rope_fraction": 1.0},
+        "no-rope-no-bias": {"rope_fraction": 0.0, "output_bias": False},
+    },
+}
+CASES = [(mixer, label) for mixer in sorted(MIXERS) for label in VARIANTS[mixer]]
+
+
+@pytest.fixture(params=CASES, ids=["-".join(case) for case in CASES])
+def make_mixer(request, make_config: Callable[..., ModelConfig]) -> Callable[..., Mixer]:
+    """Makes the mixer of this case, its parameters away from zero."""
+    name, label = request.param
+
+    def make(dtype: torch.dtype = torch.float64) -> Mixer:
+        config = make_config(**{name: VARIANTS[name][label]}, pattern=[name])
+        mixer = MIXERS[name](config, LocalBackend())
+        init_parameters(mixer, seed=3)
+        generator = torch.Generator().manual_seed(4)
+        with torch.no_grad():
+            for parameter in mixer.parameters():
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+        return mixer.to(dtype)
+
+    return make

@@ -1,0 +1,115 @@
+"""One body for every mixer: whole, split, step by step and packed are the same function, and nothing leaks."""
+
+import pytest
+import torch
+
+from longscan.kernels import Segments
+from longscan.models import LocalContext
+from longscan.models.mixers import MIXERS
+from longscan.models.mixers.mixer import Mixer
+
+WIDTH, TOKENS = 32, 31
+
+
+def inputs(dtype=torch.float64, batch=2, tokens=TOKENS):
+    return torch.randn(batch, tokens, WIDTH, generator=torch.Generator().manual_seed(5)).to(dtype)
+
+
+def run_split(mixer: Mixer, x, segments: Segments, cuts: list[int]):
+    carry = mixer.init_carry(x.shape[0], x.device, x.dtype)
+    outputs = []
+    for begin, end in zip([0, *cuts], [*cuts, x.shape[1]], strict=True):
+        context = LocalContext(segments.split(begin, end), carry)
+        outputs.append(mixer(x[:, begin:end], context))
+        assert context.leaving.keys() == carry.keys()
+        assert all(context.leaving[name].shape == carry[name].shape for name in carry)
+        carry = context.leaving
+    return torch.cat(outputs, dim=1), carry
+
+
+def gradients(mixer: Mixer, x, run) -> list[torch.Tensor]:
+    x = x.clone().requires_grad_()
+    y = run(x)
+    weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(6)).to(y.dtype)
+    return [y.detach(), *torch.autograd.grad((y * weight).sum(), [x, *mixer.parameters()])]
+
+
+def test_every_mixer_is_tested():
+    from_config = set(MIXERS)
+    assert from_config == {"local_attention", "rg_lru"}, "a new mixer needs its variants in conftest.py"
+
+
+@pytest.mark.parametrize("cuts", [[1], [12], [13, 14], [3, 9, 10, 25], list(range(1, TOKENS))], ids=str)
+def test_whole_equals_split(make_mixer, segments, cuts):
+    mixer, x = make_mixer(), inputs()
+    whole = gradients(mixer, x, lambda x: mixer(x, LocalContext(segments)))
+    split = gradients(mixer, x, lambda x: run_split(mixer, x, segments, cuts)[0])
+    for expected, actual in zip(whole, split, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-11)
+
+
+def test_forward_equals_steps(make_mixer, segments):
+    mixer, x = make_mixer(), inputs()
+    whole, carry = run_split(mixer, x, segments, [])
+    stepped = mixer.init_carry(2, x.device, x.dtype)
+    for t in range(TOKENS):
+        y, stepped = mixer.step(x[:, t], stepped, segments.positions[:, t])
+        torch.testing.assert_close(y, whole[:, t], rtol=1e-9, atol=1e-11)
+    _, after_step = mixer.step(x[:, 0], stepped, segments.positions[:, -1] + 1)
+    _, after_whole = mixer.step(x[:, 0], carry, segments.positions[:, -1] + 1)
+    for name in after_whole:
+        torch.testing.assert_close(after_step[name], after_whole[name], rtol=1e-9, atol=1e-11)
+
+
+def test_packed_equals_separate(make_mixer):
+    mixer, x = make_mixer(), inputs(batch=1)
+    packed = mixer(x, LocalContext(Segments.from_lengths([[12, 1, 18]])))
+    for begin, end in ((0, 12), (12, 13), (13, 31)):
+        alone = mixer(x[:, begin:end], LocalContext(Segments.whole(1, end - begin)))
+        torch.testing.assert_close(packed[:, begin:end], alone, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("at", [0, 5, 12, 13, 20])
+def test_nothing_leaks(make_mixer, segments, at):
+    """A changed token moves not one bit before itself, in another document or in another row."""
+    mixer, x = make_mixer(torch.float32), inputs(torch.float32)
+    changed = x.clone()
+    changed[0, at] += 3
+    before, after = (mixer(each, LocalContext(segments)) for each in (x, changed))
+    end = next(end for end in (12, 13, 31) if at < end)
+    moved = (before != after).any(-1)
+    assert not moved[1].any()
+    assert not moved[0, :at].any()
+    assert not moved[0, end:].any()
+    assert moved[0, at]
+
+
+def test_gradients_stay_in_the_document(make_mixer, segments):
+    mixer, x = make_mixer(torch.float32), inputs(torch.float32).requires_grad_()
+    y = mixer(x, LocalContext(segments))
+    (grad,) = torch.autograd.grad(y[0, 16].square().sum(), x)
+    touched = grad.ne(0).any(-1)
+    assert not touched[1].any()
+    assert not touched[0, :13].any()
+    assert not touched[0, 17:].any()
+    assert touched[0, 16]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_low_precision_is_near_fp64(make_mixer, segments, dtype):
+    exact = make_mixer()(inputs(), LocalContext(segments))
+    mixer = make_mixer(dtype)
+    y = mixer(inputs(dtype), LocalContext(segments))
+    assert y.dtype == dtype
+    error = (y.double() - exact).norm() / exact.norm()
+    assert error < (1e-5 if dtype == torch.float32 else 2e-2)
+    carry = mixer.init_carry(2, y.device, dtype)
+    stepped, _ = mixer.step(inputs(dtype)[:, 0], carry, torch.zeros(2, dtype=torch.int64))
+    assert (stepped.double() - exact[:, 0]).norm() / exact[:, 0].norm() < (1e-5 if dtype == torch.float32 else 2e-2)
+
+
+def test_halo_of_zeros_equals_no_halo(make_mixer, segments):
+    """What a context with nothing on its left may answer: nothing, or zeros that the documents' starts mask."""
+    mixer, x = make_mixer(), inputs()
+    with_zeros, _ = run_split(mixer, x, segments, [])
+    torch.testing.assert_close(with_zeros, mixer(x, LocalContext(segments)), rtol=1e-9, atol=1e-11)
