@@ -1,0 +1,96 @@
+"""DeepSpeed, brought in quietly: the only place that imports it, and only when a ZeRO stage is asked for.
+
+Importing it costs seconds, so nothing here runs at import time. Left alone, DeepSpeed would also compile a shared
+memory op at first use, log every choice it makes to standard output and look for wandb; none of that happens here.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def wrap(model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any], device: torch.device) -> Any:
+    """Returns a DeepSpeed engine around `model` and `optimizer` on `device`."""
+    # LOCAL_RANK is where DeepSpeed takes its device from.
+    with _environment("LOCAL_RANK", str(device.index or 0)), redirect_stdout(io.StringIO()):
+        deepspeed = _load(device)
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
+    return engine
+
+
+def _load(device: torch.device) -> ModuleType:
+    """Returns the deepspeed module, set up for `device` and joined to this process's default process group."""
+    accelerator, backend = ("cuda", "nccl") if device.type == "cuda" else ("cpu", "gloo")
+    with warnings.catch_warnings(), _environment("DS_ACCELERATOR", accelerator):
+        warnings.simplefilter("ignore")
+        deepspeed = importlib.import_module("deepspeed")
+        chosen = importlib.import_module("deepspeed.accelerator").get_accelerator().device_name()
+        assert chosen == accelerator, f"this process has DeepSpeed for {chosen}; start another for {accelerator}"
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        # Without its shared memory op DeepSpeed takes gloo's collectives; with it, it runs a compiler first.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        if deepspeed.comm.comm.cdb is None:
+            deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, dist_init_required=False)
+    return deepspeed
+
+
+@contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    """The environment variable `name` as `value` for a while."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def forget_groups() -> None:
+    """Drops the process groups DeepSpeed remembers, so that this process can join new ones."""
+    comm: Any = importlib.import_module("deepspeed.comm.comm")
+    groups: Any = importlib.import_module("deepspeed.utils.groups")
+    if comm.cdb is not None:
+        groups._release_process_group_references(group=None)
+        groups.mpu = None
+        comm.cdb = None
+
+
+def zero_config(stage: int, precision: str, clip: float) -> dict[str, Any]:
+    """Returns the DeepSpeed configuration of a ZeRO stage whose caller owns batches, accumulation and the rate.
+
+    Gradients are summed over the replicas, not averaged: the loss is divided by the global count of tokens already.
+    They are accumulated and sent as fp32 whatever the parameters are.
+    """
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        "gradient_allreduce_op": "sum",
+        "gradient_clipping": clip,
+        "communication_data_type": "fp32",
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "bf16": {"enabled": precision == "bf16"},
+        "zero_optimization": {
+            "stage": stage,
+            "overlap_comm": False,
+            "contiguous_gradients": False,
+            "reduce_bucket_size": 2**26,
+        },
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 2**62,
+    }

@@ -1,0 +1,222 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from distributed import run_distributed
+from tiny_model import TinyModel, deal, make_batch, step_batches, train, train_plainly
+
+from longscan.errors import ConfigError
+from longscan.parallel import Engine, OptimizerOptions, ParallelDims, loss, process_group
+
+OPTIONS = OptimizerOptions(clip=0.4, weight_decay=0.3)
+STEPS = range(4)
+CASES = [(data, zero) for data in (1, 2, 3) for zero in (0, 1)]
+
+
+def state(engine):
+    return {(f.name, f.start): f.data.clone() for f in engine.fragments()}
+
+
+def same(left, right):
+    return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
+
+
+def train_in_every_layout(folder):
+    """One process's part of training at dp 1, 2 and 3; groups and engines are made anew in the same processes."""
+    rank, found = int(os.environ["RANK"]), {}
+    for data, zero in CASES:
+        if rank >= data:
+            continue
+        with process_group(rank=rank, world_size=data, store=f"{folder}/store-{data}-{zero}"):
+            model = TinyModel()
+            engine = Engine(model, ParallelDims(data=data, zero=zero), OPTIONS)
+            seen = train(engine, STEPS, rank, data)
+            found[f"{data}-{zero}"] = {
+                "seen": seen,
+                "weights": {name: p.tolist() for name, p in model.named_parameters()},
+                "poisoned": take_a_poisoned_step(engine, rank, data),
+                "owned": sum(f.data.numel() for f in engine.fragments()),
+                "built": os.listdir(os.environ["TORCH_EXTENSIONS_DIR"]),
+            }
+            engine.close()
+    return found
+
+
+def take_a_poisoned_step(engine, rank, data):
+    """One rank's loss is infinite: what every rank sees of it, and whether anything of it stays."""
+    before, steps = state(engine), engine.steps
+    weights = {n: p.detach().clone() for n, p in engine.model.named_parameters()}
+    batches = step_batches(11)
+    if rank == data - 1:
+        hidden = engine.model.hidden
+        engine.model.hidden = lambda tokens, segments: hidden(tokens, segments) * float("inf")
+    engine.forward_backward(deal(batches, rank, data), 50)
+    engine.model.__dict__.pop("hidden", None)
+    norm = engine.update(0.1)
+    kept = same(before, state(engine)) and engine.steps == steps
+    kept = kept and all(torch.equal(weights[n], p) for n, p in engine.model.named_parameters())
+    (healthy,) = [norm for _, norm in train(engine, [12], rank, data)]
+    return {"finite": norm < float("inf"), "kept": kept, "skipped": engine.skipped, "healthy": healthy}
+
+
+@pytest.fixture(scope="module")
+def layouts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("layouts")
+    (folder / "extensions").mkdir()
+    env = {"TORCH_EXTENSIONS_DIR": str(folder / "extensions")}
+    return run_distributed(train_in_every_layout, 3, folder, join=False, env=env)
+
+
+@pytest.fixture(scope="module")
+def plain():
+    model = TinyModel()
+    return train_plainly(model, OPTIONS, STEPS), dict(model.named_parameters())
+
+
+@pytest.mark.parametrize(("data", "zero"), CASES)
+def test_every_layout_trains_like_plain_adamw(layouts, plain, data, zero):
+    seen, weights = plain
+    norms = [norm for _, norm in seen]
+    assert min(norms) < OPTIONS.clip < max(norms), "the test must see steps with and without clipping"
+    for rank in range(data):
+        found = layouts[rank][f"{data}-{zero}"]
+        torch.testing.assert_close(torch.tensor(found["seen"]), torch.tensor(seen), rtol=0, atol=2e-5)
+        for name, weight in weights.items():
+            torch.testing.assert_close(torch.tensor(found["weights"][name]), weight.detach(), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(("data", "zero"), CASES)
+def test_ranks_agree_bit_for_bit(layouts, data, zero):
+    first = layouts[0][f"{data}-{zero}"]
+    for rank in range(1, data):
+        other = layouts[rank][f"{data}-{zero}"]
+        assert (other["seen"], other["weights"]) == (first["seen"], first["weights"])
+
+
+@pytest.mark.parametrize(("data", "zero"), CASES)
+def test_a_gradient_that_is_not_finite_changes_nothing_anywhere(layouts, data, zero):
+    for rank in range(data):
+        poisoned = layouts[rank][f"{data}-{zero}"]["poisoned"]
+        assert not poisoned["finite"]
+        assert poisoned["kept"]
+        assert poisoned["skipped"] == 1
+        assert 0 < poisoned["healthy"] < float("inf")
+
+
+@pytest.mark.parametrize(("data", "zero"), CASES)
+def test_zero_1_owns_each_element_once_and_zero_0_everywhere(layouts, data, zero):
+    elements = 3 * sum(p.numel() for p in TinyModel().parameters())
+    owned = sum(layouts[rank][f"{data}-{zero}"]["owned"] for rank in range(data))
+    assert owned == elements * (1 if zero else data)
+
+
+def test_nothing_is_compiled(layouts):
+    assert all(case["built"] == [] for rank in layouts for case in rank.values())
+
+
+@pytest.fixture(params=[0, 1])
+def zero(request):
+    with process_group():
+        yield request.param
+
+
+def test_a_dummy_changes_not_one_bit(zero):
+    states = []
+    for dummies in (0, 2):
+        engine = Engine(TinyModel(), ParallelDims(zero=zero), OPTIONS)
+        batches = step_batches(0) + [make_batch(3, dummy=True)] * dummies
+        loss_sum = engine.forward_backward(batches, 60)
+        states.append((float(loss_sum), engine.update(0.01), state(engine)))
+        engine.close()
+    (loss_a, norm_a, state_a), (loss_b, norm_b, state_b) = states
+    assert (loss_a, norm_a) == (loss_b, norm_b)
+    assert same(state_a, state_b)
+
+
+def test_norms_and_biases_do_not_decay(zero):
+    model = TinyModel()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    engine = Engine(model, ParallelDims(zero=zero), OPTIONS)
+    engine.forward_backward([make_batch(0, dummy=True)], 1)
+    assert engine.update(0.5) == 0
+    for name, parameter in model.named_parameters():
+        factor = 1.0 if name in model.no_weight_decay() else 1 - 0.5 * OPTIONS.weight_decay
+        torch.testing.assert_close(parameter.detach(), before[name] * factor)
+    engine.close()
+
+
+def test_bf16_keeps_the_exact_weights_it_was_given_as_masters(zero):
+    exact = {f"weight/{name}": p.detach().clone() for name, p in TinyModel().named_parameters()}
+    model = TinyModel()
+    engine = Engine(model, ParallelDims(zero=zero), OPTIONS, precision="bf16")
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    for fragment in engine.fragments():
+        if fragment.name in exact:
+            assert torch.equal(fragment.data, exact[fragment.name].flatten())
+    reference = train_plainly(TinyModel(), OPTIONS, STEPS)
+    torch.testing.assert_close(torch.tensor(train(engine, STEPS, 0, 1)), torch.tensor(reference), rtol=5e-3, atol=5e-3)
+    masters = {f.name: f.data for f in engine.fragments()}
+    for name, parameter in model.named_parameters():
+        rounded = masters[f"weight/{name}"].to(torch.bfloat16)
+        assert torch.equal(parameter.flatten(), rounded)
+        assert not torch.equal(rounded.float(), masters[f"weight/{name}"]), "masters must hold more than bf16 does"
+    engine.close()
+
+
+def test_a_discarded_step_leaves_nothing(zero):
+    states = []
+    for discard in (False, True):
+        engine = Engine(TinyModel(), ParallelDims(zero=zero), OPTIONS)
+        if discard:
+            engine.forward_backward(step_batches(5), 60)
+            engine.discard()
+        train(engine, STEPS, 0, 1)
+        states.append(state(engine))
+        engine.close()
+    assert same(*states)
+
+
+def test_evaluation_gives_the_training_loss_and_changes_nothing(zero):
+    engine = Engine(TinyModel(), ParallelDims(zero=zero), OPTIONS)
+    before = state(engine)
+    evaluated = engine.evaluate(step_batches(0))
+    assert same(before, state(engine))
+    assert evaluated == engine.forward_backward(step_batches(0), 1)
+    assert evaluated.dtype == torch.float64
+    engine.close()
+
+
+def test_an_update_needs_a_micro_batch(zero):
+    engine = Engine(TinyModel(), ParallelDims(zero=zero), OPTIONS)
+    with pytest.raises(AssertionError, match="without a micro-batch"):
+        engine.update(0.1)
+    engine.close()
+
+
+def test_a_loss_in_chunks_has_the_same_value_and_gradients(monkeypatch):
+    results = []
+    for chunk in (loss.CHUNK_LOGITS, 5 * 33):
+        monkeypatch.setattr(loss, "CHUNK_LOGITS", chunk)
+        model = TinyModel().double()
+        value = loss.LossModule(model)(make_batch(1, rows=3))
+        value.backward()
+        results.append([value.detach(), *(p.grad for p in model.parameters())])
+    torch.testing.assert_close(results[0], results[1])
+
+
+def test_a_bad_precision_or_world_is_refused():
+    with pytest.raises(ConfigError, match="'fp8'; choose one of fp32, bf16"):
+        Engine(TinyModel(), ParallelDims(zero=0), OPTIONS, precision="fp8")
+    with pytest.raises(ConfigError, match="= 2 ranks, but 1 are to be started"):
+        Engine(TinyModel(), ParallelDims(data=2, zero=0), OPTIONS)
+
+
+def test_deepspeed_is_imported_only_when_a_stage_needs_it():
+    code = (
+        "import sys, longscan.parallel, longscan.parallel.checkpoint;"
+        "heavy = {'deepspeed', 'megatron', 'ray', 'omegaconf'} & set(sys.modules); assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path.home())
