@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ...errors import ConfigError, UserError
 from ..config import Config
 from ..elastic.worker import Worker
+from ..validate import worker_count
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
+LOOPBACK = "127.0.0.1"
 ANSWER_SECONDS = 60.0
 OBJECT_STORE_BYTES = 128 * 2**20
 
@@ -28,6 +30,8 @@ class RayCluster:
 
     def __init__(self, config: Config):
         self.config = config
+        self.count = worker_count(config)
+        self.uses_gpus = False
         self.workers: list[Any] = []
 
     def __enter__(self) -> RayCluster:
@@ -41,10 +45,10 @@ class RayCluster:
             else:
                 ray.init(
                     address="local",
-                    num_cpus=max(self.config.run.workers, os.cpu_count() or 1),
+                    num_cpus=max(self.count, os.cpu_count() or 1),
                     include_dashboard=False,
                     object_store_memory=OBJECT_STORE_BYTES,
-                    _node_ip_address="127.0.0.1",
+                    _node_ip_address=LOOPBACK,
                     **quiet,
                 )
         except (ConnectionError, ValueError, RuntimeError) as error:
@@ -62,43 +66,48 @@ class RayCluster:
             ray.kill(worker)
         ray.shutdown()
 
-    def _check_resources(self, resources: dict[str, float], address: str | None) -> None:
-        run = self.config.run
-        need = {"GPU": run.workers} if run.device == "cuda" else {"CPU": run.workers}
-        for name, count in need.items():
-            have = int(resources.get(name, 0))
-            if have < count:
-                where = f"the Ray cluster at {address}" if address else "this machine"
-                raise ConfigError(
-                    f"{count} workers need {count} {name}s and {where} has {have}. "
-                    f"Set run.workers={have or 1}, or add nodes."
-                )
+    def _check_resources(self, resources: Mapping[str, float], address: str | None) -> None:
+        """Refuses a cluster that can never hold the workers; decides whether each takes a GPU."""
+        device = self.config.run.device
+        self.uses_gpus = device == "cuda" or (device == "auto" and resources.get("GPU", 0) >= 1)
+        name = "GPU" if self.uses_gpus else "CPU"
+        have = int(resources.get(name, 0))
+        if have < self.count:
+            where = f"the Ray cluster at {address}" if address else "this machine"
+            remedy = f"set run.workers={have}" if have else "set run.device=cpu"
+            raise ConfigError(
+                f"{self.count} workers need a {name} each and {where} has {have}; {remedy}, or add nodes."
+            )
 
     def form(self, folder: Path, incarnation: int) -> tuple[list[Any], list[dict[str, Any]]]:
         """Starts one actor a rank; returns the actors and where each stands."""
         import ray
+        from ray.exceptions import GetTimeoutError, RayError
 
-        run = self.config.run
-        options: dict[str, Any] = {"num_cpus": 1, "max_concurrency": 4}
-        if run.device == "cuda":
-            options["num_gpus"] = 1
-        options["runtime_env"] = {"env_vars": worker_environment(self.config)}
-        actor = ray.remote(Worker).options(**options)
-        self.workers = [actor.remote(self.config, str(folder.resolve())) for _ in range(run.workers)]
+        timeout = self.config.run.timeout_seconds
+        actor = ray.remote(Worker).options(
+            num_cpus=1,
+            num_gpus=int(self.uses_gpus),
+            max_concurrency=4,
+            runtime_env={"env_vars": worker_environment(self.config, self.count)},
+        )
+        self.workers = [actor.remote(self.config, str(folder.resolve())) for _ in range(self.count)]
         try:
-            places = ray.get([worker.where.remote() for worker in self.workers], timeout=run.timeout_seconds)
-        except ray.exceptions.GetTimeoutError as error:
+            address = None if os.environ.get("RAY_ADDRESS") else LOOPBACK
+            places = ray.get([worker.where.remote(address) for worker in self.workers], timeout=timeout)
+        except GetTimeoutError as error:
             raise UserError(
-                f"Ray could not place {run.workers} workers in {run.timeout_seconds:.0f} s; something else holds the "
-                "cluster's CPUs or GPUs. Lower run.workers, or wait for it to end."
+                f"Ray could not place {self.count} workers in {timeout:.0f} s; something else holds the cluster's "
+                "CPUs or GPUs. Lower run.workers, or wait for it to end."
             ) from error
-        except ray.exceptions.RayError as error:
+        except RayError as error:
             raise UserError(f"a worker could not start: {_first_line(error)}") from error
         return self.workers, [{"rank": rank, **place} for rank, place in enumerate(places)]
 
     def poll(self, runs: list[Any], seconds: float) -> tuple[dict[int, str], dict[int, Exception]]:
         """Waits up to `seconds`; returns what ended ranks returned, and what failed ranks raised."""
         import ray
+        from ray.exceptions import RayError, RayTaskError
 
         done, _ = ray.wait(runs, num_returns=len(runs), timeout=seconds)
         ended: dict[int, str] = {}
@@ -107,25 +116,27 @@ class RayCluster:
             rank = runs.index(reference)
             try:
                 ended[rank] = ray.get(reference)
-            except ray.exceptions.RayTaskError as error:
+            except RayTaskError as error:
                 failures[rank] = error.cause if isinstance(error.cause, Exception) else error
-            except ray.exceptions.RayError as error:
+            except RayError as error:
                 failures[rank] = error
         return ended, failures
 
     def ask(self, call: Callable[[], Any], default: Any) -> Any:
         """A worker's answer; `default` when it is no longer there (its run reports the reason)."""
         import ray
+        from ray.exceptions import RayError
 
         try:
             return ray.get(call(), timeout=ANSWER_SECONDS)
-        except ray.exceptions.RayError:
+        except RayError:
             return default
 
 
-def worker_environment(config: Config) -> dict[str, str]:
+def worker_environment(config: Config, workers: int) -> dict[str, str]:
     """The environment every worker starts with."""
-    environment = {"OMP_NUM_THREADS": str(config.run.threads), "TOKENIZERS_PARALLELISM": "false"}
+    threads = config.run.threads or max(1, (os.cpu_count() or 1) // workers)
+    environment = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
     if config.run.deterministic:
         environment["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     return environment

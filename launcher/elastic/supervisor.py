@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...errors import UserError
-from ..config import Config
+from ...errors import ConfigError, UserError
+from ...parallel.checkpoint import list_steps
+from ..config import Config, differences, load, to_yaml
 from ..run_folder import RunFolder
+from ..trained import find_checkpoint
 from ..training.progress import Progress
 
 POLL_SECONDS = 0.2
@@ -43,18 +46,28 @@ def train(config: Config, *, fresh: bool = False, init_from: str | None = None, 
     Raises:
         UserError: the run failed; the message says where and how to go on.
     """
-    with RunFolder.open(Path(config.run.folder), config, fresh=fresh) as folder:
-        if init_from and folder.has_checkpoint():
-            raise UserError(
+    weights = str(find_checkpoint(Path(init_from))[1]) if init_from else None
+    folder = RunFolder.create(config.run.folder, fresh=fresh)
+    with folder.lock():
+        if weights and list_steps(folder.checkpoints):
+            raise ConfigError(
                 f"{folder.path} already holds checkpoints, so --init-from would be ignored. "
                 "Name a new run folder with --run, or leave --init-from out to resume."
             )
-        incarnation = folder.next_incarnation()
+        changes = differences(load(folder.config_file), config) if folder.exists else []
+        folder.save_config(to_yaml(config))
+        incarnation = 1 + max((event["incarnation"] for event in folder.events.read()), default=0)
         with StopSignals() as signals, Progress() as progress:
+            if changes:
+                progress.show({"kind": "note", "text": "changed since the last start: " + "; ".join(changes)})
             launch = _train_inline if config.run.launcher == "inline" else _train_on_ray
-            status = launch(config, folder, incarnation, init_from, stop_at, signals, progress)
-        folder.event("ended", incarnation=incarnation, status=status)
+            status = launch(config, folder, incarnation, weights, stop_at, signals, progress)
+        _event(folder, "ended", incarnation, status=status)
         return Outcome(status, folder.path)
+
+
+def _event(folder: RunFolder, kind: str, incarnation: int, **fields: Any) -> None:
+    folder.events.append({"time": round(time.time(), 3), "event": kind, "incarnation": incarnation, **fields})
 
 
 class StopSignals:
@@ -92,7 +105,8 @@ def _train_inline(
     """The same trainer in this process, for debuggers and profilers."""
     from ..training.trainer import Place, Trainer
 
-    folder.event("formed", incarnation=incarnation, workers=[{"rank": 0, "host": "inline", "pid": os.getpid()}])
+    workers = [{"rank": 0, "host": socket.gethostname(), "pid": os.getpid()}]
+    _event(folder, "formed", incarnation, workers=workers)
     place = Place(rank=0, world=1, incarnation=incarnation, address="")
     trainer = Trainer(config, str(folder.path), place, progress.show, signals.requested)
     return trainer.run(init_from=init_from, stop_at=stop_at)
@@ -113,7 +127,8 @@ def _train_on_ray(
     began = time.monotonic()
     with RayCluster(config) as cluster:
         workers, places = cluster.form(folder.path, incarnation)
-        folder.event("formed", incarnation=incarnation, workers=places, seconds=time.monotonic() - began)
+        seconds = round(time.monotonic() - began, 3)
+        _event(folder, "formed", incarnation, workers=places, seconds=seconds)
         return _watch(cluster, workers, places, incarnation, init_from, stop_at, signals, progress)
 
 

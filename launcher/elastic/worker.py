@@ -26,11 +26,11 @@ class Worker:
         self._reports: list[dict[str, Any]] = []
         self._lock = threading.Lock()
 
-    def where(self) -> dict[str, Any]:
-        """This worker's host, address and process, and a port that was free when asked."""
+    def where(self, address: str | None) -> dict[str, Any]:
+        """This worker's host, process and address (its node's, unless given), and a port that was free when asked."""
         import ray
 
-        address = ray.util.get_node_ip_address()
+        address = address or ray.util.get_node_ip_address()
         with socket.socket() as probe:
             probe.bind((address, 0))
             port = probe.getsockname()[1]

@@ -24,8 +24,18 @@ class LossGuard:
         self.mean = 0.0
         self.seen = 0
 
-    def check(self, step: Step, loss: float, grad_norm: float | None, last_checkpoint: str | None) -> None:
-        """Raises UserError where the step must not be trusted: call before (loss) and after (norm) the update."""
+    def check(
+        self, step: Step, rows: tuple[int, int], loss: float, grad_norm: float | None, last_checkpoint: str | None
+    ) -> None:
+        """Raises UserError where the step must not be trusted: call before (loss) and after (norm) the update.
+
+        Args:
+            step: the step.
+            rows: its first and last row as the data plan numbers them, the way data.skipped_rows does.
+            loss: per token.
+            grad_norm: None before the update.
+            last_checkpoint: its name, None where there is none.
+        """
         trouble = None
         if not math.isfinite(loss):
             trouble = f"the loss is {loss}"
@@ -34,12 +44,12 @@ class LossGuard:
         elif self.max_ratio and self.seen >= STEPS_BEFORE_JUDGING and loss > self.max_ratio * self.mean:
             trouble = f"the loss {loss:.3f} is over {self.max_ratio:g} times the running mean {self.mean:.3f}"
         if trouble:
-            last = step.first_row + step.rows - 1
+            first, last = rows
             good = f"the last good checkpoint is {last_checkpoint}" if last_checkpoint else "there is no checkpoint yet"
             raise UserError(
-                f"stopped at step {step.number}: {trouble}. Rows {step.first_row} to {last} of stage {step.stage} were "
+                f"stopped at step {step.number}: {trouble}. Rows {first} to {last} of stage {step.stage} were "
                 f"in it; {good}. Lower optimizer.lr, or leave the rows out with "
-                f"data.skipped_rows=[{step.stage}:{step.first_row}-{last}], and start again."
+                f"data.skipped_rows=[{step.stage}:{first}-{last}], and start again."
             )
 
     def accept(self, loss: float) -> None:

@@ -22,8 +22,8 @@ class Meter:
     """Turns the sums of a step into its metrics.
 
     Args:
-        flops_per_token: of the model at a sequence length, forward and backward.
-        devices: how many GPUs the run holds; 0 on CPU.
+        device: what this process computes on.
+        devices: how many of them the run holds.
     """
 
     def __init__(self, device: torch.device, devices: int):
@@ -84,12 +84,22 @@ class MetricsWriter:
         if config.logging.wandb:
             self.wandb = _start_wandb(config, folder)
 
-    def write(self, metrics: dict[str, Any], *, always: bool = False) -> None:
-        """Writes the metrics of a step, if it is one of every `logging.every` or `always`."""
+    def write(self, metrics: dict[str, Any]) -> None:
+        """Writes the metrics of a step, if it is one of every `logging.every`."""
         step = metrics["step"]
-        if not always and step % self.every:
+        if step % self.every:
             return
-        self.folder.metric(metrics)
+        self.folder.metrics.append(metrics)
+        self._chart(step, metrics)
+
+    def validation(self, step: int, loss: float, bits: float | None, incarnation: int) -> None:
+        """Writes the held-out loss after a step, beside the events of the run."""
+        measured = {"heldout_loss": loss, "heldout_bits_per_byte": bits}
+        record = {"time": round(time.time(), 3), "event": "validated", "incarnation": incarnation, "step": step}
+        self.folder.events.append({**record, **measured})
+        self._chart(step, measured)
+
+    def _chart(self, step: int, metrics: dict[str, Any]) -> None:
         scalars = {key: value for key, value in metrics.items() if isinstance(value, int | float) and key != "step"}
         if self.tensorboard:
             for key, value in scalars.items():

@@ -16,7 +16,7 @@ class Progress:
     """Shows reports of rank 0 on standard error. Use as a context manager."""
 
     def __init__(self, console: Console | None = None):
-        self.console = console or Console(stderr=True, highlight=False)
+        self.console = console or Console(stderr=True, highlight=False, soft_wrap=True)
         self.live = Live(Text(""), console=self.console, refresh_per_second=8, transient=False)
         self.is_live = self.console.is_terminal
         self.last_line = 0.0

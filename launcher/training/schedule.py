@@ -40,7 +40,7 @@ class Step:
         parts = [list(rows[i : i + self.micro_rows]) for i in range(0, len(rows), self.micro_rows)]
         each = math.ceil(len(parts) / replicas)
         mine: list[list[int | None]] = [list(part) for part in parts[replica::replicas]]
-        return mine + [[None]] * (each - len(mine))
+        return [*mine, *([None] for _ in range(each - len(mine)))]
 
 
 @dataclass(frozen=True)

@@ -2,33 +2,32 @@
 
 One trainer for every way of running: alone in a process for a debugger, or as one rank of many. It is told where it
 stands (`Place`), reports what it does, and starts nothing. What a step trains is decided by the schedule and the data
-plan; a run that was interrupted goes on with the same rows, bits and lines as one that was not.
+plan; a run that was interrupted goes on with the same rows and the same bits as one that was not.
 """
 
 from __future__ import annotations
 
-import os
-import platform
-import random
+import math
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from ... import __version__
-from ...data import Batch, Corpus, Cursor, DataPlan, HeldoutRows, RowLoader, ShardCache
-from ...errors import ConfigError, UserError
+from ...data import Batch, Corpus, Cursor, RowLoader
 from ...models import LanguageModel, flops_per_token
-from ...parallel import Engine, OptimizerOptions, ParallelDims, checkpoint, process_group
-from ..config import Config, differences, load
+from ...parallel import Engine, OptimizerOptions, ParallelDims, process_group
+from ...parallel.checkpoint import Checkpointer, load_weights, rng_state, set_rng_state
+from ..config import Config
 from ..run_folder import RunFolder
 from ..validate import open_corpora
-from .data_plan import make_plan
 from .guard import LossGuard
 from .metrics import Meter, MetricsWriter, bits_per_byte
+from .process import choose_device, choose_precision, prepare_process
+from .resumption import Resumption
+from .rows import Validation, make_plan
 from .schedule import Step, TrainingSchedule
 
 Report = Callable[[dict[str, Any]], None]
@@ -39,12 +38,23 @@ PREFETCH = 4
 
 @dataclass(frozen=True)
 class Place:
-    """Where a trainer stands: its rank of `world`, the incarnation of the group, and rank 0's "host:port"."""
+    """Where a trainer stands: its rank of `world`, the group's incarnation, and rank 0's "host:port" (empty: alone)."""
 
     rank: int
     world: int
     incarnation: int
     address: str
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What a step trained, over all ranks."""
+
+    loss: float
+    tokens: int
+    text_bytes: float
+    grad_norm: float
+    stop: bool
 
 
 class Trainer:
@@ -63,74 +73,193 @@ class Trainer:
         self.folder = RunFolder.open(Path(folder))
         self.place = place
         self.stop_requested = stop_requested
-        self._report = report
+        self.is_first = place.rank == 0
+        self.report: Report = report if self.is_first else lambda _: None
         self.schedule = TrainingSchedule(config)
         self.guard = LossGuard(config.run.max_loss_ratio)
         self.device = choose_device(config.run.device)
-        self.done = 0
+        self.dims = ParallelDims(**{**asdict(config.parallel), "data": place.world})
+        self.last_step: Step | None = None
+        self.last_checkpoint: str | None = None
 
     def run(self, init_from: str | None = None, stop_at: int | None = None) -> str:
-        """Trains to the end, or to step `stop_at`; returns "finished" or "stopped"."""
-        seed_process(self.config, self.place)
-        with process_group(
-            rank=self.place.rank,
-            world_size=self.place.world,
-            address=self.place.address or None,
-            device=self.device,
-            timeout_seconds=self.config.run.timeout_seconds,
-        ):
-            self._build()
-            try:
-                self._restore(init_from)
-                return self._loop(min(stop_at or self.schedule.total_steps, self.schedule.total_steps))
-            finally:
-                self._close()
+        """Trains to the end, or to step `stop_at`; returns "finished" or "stopped".
 
-    def _build(self) -> None:
-        """Makes the model, its engine, the rows and the writers."""
-        config, world = self.config, self.place.world
-        corpora = open_corpora(config)
-        self.corpora: list[Corpus] = corpora
-        self.plan: DataPlan = make_plan(config, corpora, self.schedule)
-        cache = ShardCache(config.data.cache or None, int(config.data.cache_gib * 2**30))
-        self.loader = RowLoader(self.plan, cache, verify=config.data.verify, pin_memory=self.device.type == "cuda")
-        self.heldout = HeldoutRows(corpora, cache, verify=config.data.verify)
-        model = LanguageModel(config.model, implementation=config.run.implementation)
-        model.init_weights(config.run.seed)
-        self.dims = ParallelDims(**{**asdict(config.parallel), "data": world})
-        options = OptimizerOptions(
-            betas=(config.optimizer.betas[0], config.optimizer.betas[1]),
-            eps=config.optimizer.eps,
-            weight_decay=config.optimizer.weight_decay,
-            clip=config.optimizer.clip,
+        Args:
+            init_from: the checkpoint folder whose weights begin a new run.
+            stop_at: save and leave after this step.
+        """
+        prepare_process(self.config, self.place.world)
+        options = {"rank": self.place.rank, "world_size": self.place.world, "address": self.place.address or None}
+        timeout = self.config.run.timeout_seconds
+        with ExitStack() as stack:
+            stack.enter_context(process_group(**options, device=self.device, timeout_seconds=timeout))
+            self._build(init_from, stack)
+            self._resume()
+            return self._train(min(stop_at or self.schedule.total_steps, self.schedule.total_steps))
+
+    # Building
+
+    def _build(self, init_from: str | None, stack: ExitStack) -> None:
+        """Makes rows, model, engine and writers; `stack` closes what must be closed."""
+        config = self.config
+        self.corpora: list[Corpus] = open_corpora(config)
+        self.plan = make_plan(config, self.corpora, self.schedule)
+        self.loader = RowLoader(self.plan, pin_memory=self.device.type == "cuda")
+        self.validation = Validation(config, self.corpora)
+        self.resumption = Resumption(config, self.corpora[0], self.plan, self.schedule, self.dims)
+        self.engine = self._make_engine(init_from)
+        stack.callback(self.engine.close)
+        self.saver = Checkpointer(
+            self.folder.checkpoints, self.engine, config.checkpoint.keep_last, config.checkpoint.keep_every
         )
-        self.engine = Engine(model, self.dims, options, choose_precision(config.precision, self.device), self.device)
-        self.saver = checkpoint.Checkpointer(self.folder.checkpoints)
-        self.meter = Meter(self.device, world)
-        self.writer = MetricsWriter(config, self.folder) if self.place.rank == 0 else None
-
-    def _close(self) -> None:
-        self.loader.close()
-        self.saver.close()
-        self.engine.close()
+        stack.callback(self.saver.close)
+        self.meter = Meter(self.device, self.place.world)
+        self.writer = MetricsWriter(config, self.folder) if self.is_first else None
         if self.writer:
-            self.writer.close()
+            stack.callback(self.writer.close)
 
-    # --- state -------------------------------------------------------------------------------------------------
+    def _make_engine(self, init_from: str | None) -> Engine:
+        config, optimizer = self.config, self.config.optimizer
+        model = LanguageModel(config.model, implementation=config.run.implementation)
+        if init_from:
+            self.resumption.check_tokenizer(init_from, load_weights(init_from, model).meta)
+        else:
+            model.init_weights(config.run.seed)
+        options = OptimizerOptions(
+            (optimizer.betas[0], optimizer.betas[1]), optimizer.eps, optimizer.weight_decay, optimizer.clip
+        )
+        return Engine(model, self.dims, options, choose_precision(config.precision, self.device), self.device)
 
-    def _state(self, step: Step | None) -> dict[str, Any]:
-        """What rides along in a checkpoint beside the tensors."""
-        return {
-            "step": self.done,
-            "cursor": asdict(self._cursor(step)),
-            "plan": self.plan.to_dict(),
-            "config": asdict(self.config),
-            "guard": self.guard.state(),
+    def _resume(self) -> None:
+        """Takes over the newest checkpoint that verifies, if there is one."""
+        began = time.perf_counter()
+        path, warnings = self.saver.find_latest()
+        for warning in warnings:
+            self.report({"kind": "warning", "text": warning})
+        if path is None:
+            self._introduce()
+            return
+        meta = self.saver.load(path).meta
+        cursor = self.resumption.check(path, meta)
+        self.guard.restore(meta["guard"])
+        set_rng_state(meta["rng"])
+        self.last_step = self.schedule.step(meta["step"])
+        self.last_checkpoint = path.name
+        seconds = time.perf_counter() - began
+        text = f"resumed from {path.name} in {seconds:.1f} s; the next row is {cursor.row} of stage {cursor.stage}"
+        self.report({"kind": "note", "text": f"{text}, step {meta['step'] + 1} of {self.schedule.total_steps}"})
+
+    def _introduce(self) -> None:
+        """Says what is about to be trained."""
+        parameters = sum(p.numel() for p in self.engine.model.parameters())
+        tokens = sum(stage.rows_before(stage.steps) * stage.seq_len for stage in self.schedule.stages)
+        end = Cursor(len(self.config.stages) - 1, self.schedule.stage_rows()[-1])
+        epochs = ", ".join(f"{epoch:.2f}" for epoch in self.plan.epochs(end))
+        self.report(
+            {
+                "kind": "note",
+                "text": f"{parameters:,} parameters, {self.schedule.total_steps} steps, {tokens:,} tokens "
+                f"({epochs} epochs), {self.place.world} workers on {self.device.type}, {self.engine.precision}, "
+                f"ZeRO-{self.dims.zero}",
+            }
+        )
+
+    # The loop
+
+    def _train(self, stop_at: int) -> str:
+        """Steps to `stop_at` or a request to stop; returns how it ended."""
+        begin = self.last_step.number if self.last_step else 0
+        if begin >= self.schedule.total_steps:
+            self.report({"kind": "note", "text": "every step is trained already"})
+            return "finished"
+        steps = [self.schedule.step(number) for number in range(begin + 1, stop_at + 1)]
+        wanted = ((step.stage, rows) for step in steps for rows in step.micro_batches(self.place.rank, self.dims.data))
+        self.meter.restart()
+        with self.loader.prefetch(wanted, depth=PREFETCH) as batches:
+            for step in steps:
+                mine = [next(batches) for _ in step.micro_batches(self.place.rank, self.dims.data)]
+                sums = self._step(step, mine)
+                self._record(step, sums)
+                ending = sums.stop or step.number == stop_at
+                self._validate(step, ending)
+                self._save(step, ending)
+                if ending:
+                    break
+        return "finished" if step.number == self.schedule.total_steps else "stopped"
+
+    def _step(self, step: Step, batches: list[Batch]) -> Sums:
+        """One update of the weights from one step's rows."""
+        tokens, text_bytes, stop = self.engine.sum(
+            sum(batch.valid_tokens for batch in batches),
+            sum(batch.text_bytes for batch in batches),
+            float(self.stop_requested.is_set()),
+        )
+        (loss_sum,) = self.engine.sum(self.engine.forward_backward(batches, int(tokens)))
+        loss = loss_sum / tokens
+        rows = self._plan_rows(step)
+        self.guard.check(step, rows, loss, None, self.last_checkpoint)
+        norm = self.engine.update(step.lr)
+        self.guard.check(step, rows, loss, norm, self.last_checkpoint)
+        self.guard.accept(loss)
+        self.last_step = step
+        return Sums(loss, int(tokens), text_bytes, norm, stop > 0)
+
+    def _plan_rows(self, step: Step) -> tuple[int, int]:
+        """The first and last row of a step as the data plan numbers them, skipped rows counted."""
+        first, last = step.first_row, step.first_row + step.rows - 1
+        return self.plan.plan_row(step.stage, first), self.plan.plan_row(step.stage, last)
+
+    def _record(self, step: Step, sums: Sums) -> None:
+        """The step's lines in metrics.jsonl and ledger.jsonl, and on the screen."""
+        pace = self.meter.measure(step.tokens, flops_per_token(self.config.model, step.seq_len))
+        if self.writer is None:
+            return
+        first, last = self._plan_rows(step)
+        self.folder.ledger.append(
+            {
+                "step": step.number,
+                "stage": step.stage,
+                "rows": [step.first_row, step.first_row + step.rows],
+                "plan_rows": [first, last + 1],
+                "incarnation": self.place.incarnation,
+            }
+        )
+        metrics = {
+            "step": step.number,
+            "rows": step.rows,
+            "tokens": sums.tokens,
+            "loss": sums.loss,
+            "bits_per_byte": bits_per_byte(sums.loss * sums.tokens, sums.text_bytes),
+            "grad_norm": sums.grad_norm,
+            "lr": step.lr,
+            **pace,
             "incarnation": self.place.incarnation,
-            "dims": asdict(self.dims),
-            "versions": {"longscan": __version__, "torch": torch.__version__, "python": platform.python_version()},
         }
+        self.writer.write(metrics)
+        self.report({"kind": "step", "total_steps": self.schedule.total_steps, **metrics})
 
-    def _cursor(self, step: Step | None) -> Cursor:
-        """The first row not trained yet."""
-        return Cursor(step.stage, step.first_row + step.rows) if step else Cursor(0, 0)
+    def _validate(self, step: Step, ending: bool) -> None:
+        every = self.config.validation.every
+        finished = ending and step.number == self.schedule.total_steps
+        if not every or not self.validation.possible or not (step.number % every == 0 or finished):
+            return
+        loss, nats = self.validation.score(self.engine, step.seq_len, self.place.rank, self.dims.data)
+        bits = nats / math.log(2) if nats else None
+        if self.writer:
+            self.writer.validation(step.number, loss, bits, self.place.incarnation)
+        shown = f"{bits:.4f} bits/byte" if bits else f"loss {loss:.4f}"
+        self.report({"kind": "note", "text": f"step {step.number}: held-out {shown}"})
+        self.meter.restart()
+
+    def _save(self, step: Step, ending: bool) -> None:
+        """Begins a checkpoint when one is due; the last one is waited for."""
+        if not ending and step.number % self.config.checkpoint.every:
+            return
+        live = {"guard": self.guard.state(), "rng": rng_state(), "incarnation": self.place.incarnation}
+        self.saver.save(step.number, {**self.resumption.describe(step), **live})
+        self.last_checkpoint = f"step-{step.number}"
+        if ending:
+            self.saver.wait()
+            self.report({"kind": "note", "text": f"saved {self.last_checkpoint}"})
+        self.meter.restart()

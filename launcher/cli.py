@@ -1,0 +1,268 @@
+"""The command line: each command reads its options, calls one function of another module and prints what it returns.
+
+It decides nothing. Invariant: importing this module imports neither torch nor ray nor deepspeed nor matplotlib, so that
+help and usage errors come at once; results go to standard output, progress and everything else to standard error.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from .. import __version__
+from ..errors import UserError
+
+INTERRUPTED = 130
+
+app = typer.Typer(
+    name="longscan",
+    help="Pretrain long-context language models built on linear scans: prepare text, train, evaluate, sample.",
+    epilog="Start here:  longscan prepare python-stdlib -o corpus  &&  longscan train griffin-tiny data.corpora=corpus",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+evaluations = typer.Typer(help="Measure a trained model.", no_args_is_help=True)
+app.add_typer(evaluations, name="eval")
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, e.g. optimizer.lr=3e-4.")
+]
+ConfigName = Annotated[str, typer.Argument(metavar="CONFIG", help="A preset's name, a YAML file, or a run folder.")]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or one checkpoint in it.")]
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Runs the command line and exits: 0 done, 1 failed, 2 bad usage or configuration, 130 interrupted."""
+    try:
+        app(args=None if arguments is None else list(arguments))
+    except UserError as error:
+        Console(stderr=True, highlight=False, soft_wrap=True).print(f"[red]error:[/red] {escape(str(error))}")
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(1)
+    sys.exit(0)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"longscan {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Options before the command."""
+
+
+@app.command(no_args_is_help=True)
+def prepare(
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SOURCE...",
+            help="python-stdlib, a text file, a folder, a glob, .jsonl, .jsonl.gz or .parquet files.",
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="CORPUS", help="Folder to write the corpus into.")],
+    tokenizer: Annotated[str, typer.Option(help="bytes, or the path of a Hugging Face tokenizer.json.")] = "bytes",
+    train_bpe: Annotated[
+        int | None, typer.Option("--train-bpe", metavar="N", help="Train a byte-level BPE of N tokens on the sources.")
+    ] = None,
+    field: Annotated[str, typer.Option(help="Field (.jsonl) or column (.parquet) that holds the text.")] = "text",
+    pattern: Annotated[str, typer.Option(help="Which files of a folder to take.")] = "**/*",
+    heldout: Annotated[float, typer.Option(help="Share of the files kept out of training, for evaluation.")] = 0.02,
+    workers: Annotated[int | None, typer.Option(help="Processes; one a core by default.")] = None,
+    shard_mib: Annotated[float, typer.Option("--shard-mib", help="Size of a shard in MiB.")] = 64.0,
+    bos: Annotated[str | None, typer.Option(help="Token that begins a document, if not a usual one.")] = None,
+    eos: Annotated[str | None, typer.Option(help="Token that ends a document, if not a usual one.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Turn text into a corpus of token shards that `train` reads.
+
+    Killed half-way, the same command goes on where it stopped. Text that cannot be used (bad UTF-8, empty, no such
+    field) is counted and listed in prepare.log.jsonl.
+
+    ```sh
+    longscan prepare python-stdlib -o corpus
+    longscan prepare ~/books 'news/*.jsonl.gz' --field body -o corpus --train-bpe 32000
+    ```
+    """
+    from .preparing import prepare_with_progress
+
+    report = prepare_with_progress(
+        sources,
+        output,
+        tokenizer=tokenizer,
+        train_bpe=train_bpe,
+        field=field,
+        pattern=pattern,
+        heldout=heldout,
+        workers=workers,
+        shard_bytes=int(shard_mib * 2**20),
+        bos=bos,
+        eos=eos,
+    )
+    _print(report, as_json)
+
+
+@app.command(no_args_is_help=True)
+def train(
+    config: ConfigName,
+    overrides: Overrides = None,
+    run: Annotated[Path | None, typer.Option(help="Run folder; runs/NAME by default.")] = None,
+    init_from: Annotated[
+        str | None, typer.Option(metavar="RUN", help="Begin with the weights of this run or checkpoint.")
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Refuse to go on with a run that exists.")] = False,
+    stop_at: Annotated[
+        int | None, typer.Option(metavar="STEP", min=1, help="Save and leave after this step; resume later.")
+    ] = None,
+) -> None:
+    """Train a model; the same command again resumes it.
+
+    Everything is written into the run folder: the configuration, metrics, checkpoints, TensorBoard files. Ctrl-C once
+    saves and leaves, twice leaves at once.
+
+    ```sh
+    longscan train griffin-demo data.corpora=corpus run.workers=2
+    longscan train my.yaml optimizer.lr=3e-4 stages.0.tokens=1.5B --run runs/lr3e-4
+    longscan train griffin-tiny data.corpora=corpus --init-from runs/old --run runs/new
+    ```
+    """
+    from .config import resolve
+    from .elastic.supervisor import train as train_run
+    from .validate import check_run
+
+    resolved = resolve(config, overrides or ())
+    if run is not None:
+        resolved.run.folder = str(run)
+    checked, _ = check_run(resolved)
+    outcome = train_run(checked, fresh=fresh, init_from=init_from, stop_at=stop_at)
+    hint = "" if outcome.status == "finished" else "; the same command resumes it"
+    _note(f"{outcome.status}: {outcome.folder}{hint}")
+
+
+@evaluations.command(no_args_is_help=True)
+def extrapolate(
+    run: RunPath,
+    lengths: Annotated[
+        str, typer.Option(help="Row lengths in tokens, separated by commas.")
+    ] = "256,512,1024,2048,4096,8192",
+    corpus: Annotated[str | None, typer.Option(help="Corpus to score; the run's first one by default.")] = None,
+    tokens: Annotated[str, typer.Option(help="How many held-out tokens to score at each length.")] = "64Ki",
+    output: Annotated[Path | None, typer.Option(help="Folder for the results; RUN/evals by default.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Score held-out text in rows of growing length, far beyond those of training.
+
+    The same text is scored at every length, beside what a unigram and a bigram byte model and `xz -9` reach on it.
+    Writes extrapolation.json and extrapolation.png.
+
+    ```sh
+    longscan eval extrapolate runs/griffin-demo
+    longscan eval extrapolate runs/griffin-demo --lengths 512,4096,32768 --tokens 1M
+    ```
+    """
+    from .evals.extrapolate import evaluate
+
+    result, files = evaluate(run, lengths, corpus, tokens, output, device)
+    _print(result, as_json)
+    _note("wrote " + " and ".join(str(file) for file in files))
+
+
+@app.command(no_args_is_help=True)
+def generate(
+    run: RunPath,
+    prompt: Annotated[str, typer.Argument(help="Text to continue; - reads it from standard input.")],
+    tokens: Annotated[int, typer.Option(help="Most tokens to add.", min=1)] = 200,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; higher is more varied.")] = 0.8,
+    top_p: Annotated[float, typer.Option(help="Draw among the likeliest tokens of this total probability.")] = 0.95,
+    top_k: Annotated[int, typer.Option(help="Draw among this many likeliest tokens (0: all).")] = 0,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Continue a prompt with the newest checkpoint of a run; the prompt is printed first.
+
+    ```sh
+    longscan generate runs/griffin-demo "def main():" --tokens 300 --temperature 0.7
+    ```
+    """
+    from .trained import open_trained
+
+    text = sys.stdin.read() if prompt == "-" else prompt
+    trained = open_trained(run, device)
+    sys.stdout.write(text)
+    for piece in trained.sample(text, tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed):
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+
+
+@app.command("config")
+def show_config(
+    config: Annotated[
+        str | None, typer.Argument(metavar="[CONFIG]", help="A preset's name, a YAML file, or a run folder.")
+    ] = None,
+    overrides: Overrides = None,
+    keys: Annotated[
+        bool, typer.Option("--keys", help="List every key with its type, default and meaning instead.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Print the resolved configuration as YAML, and what is still missing to train it.
+
+    ```sh
+    longscan config griffin-demo optimizer.lr=1e-3
+    longscan config --keys
+    ```
+    """
+    from .config_report import ConfigReport, KeysReport
+
+    if keys:
+        _print(KeysReport(), as_json)
+    elif config is None:
+        raise typer.BadParameter("name a configuration, or ask for --keys", param_hint="CONFIG")
+    else:
+        _print(ConfigReport.of(config, overrides or ()), as_json)
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Say what this machine can run: Python, PyTorch, GPUs, NCCL, Triton, Ray, Slurm, memory, limits."""
+    from .cluster.doctor import examine
+
+    _print(examine(), as_json)
+
+
+def _print(report: Any, as_json: bool) -> None:
+    """Prints a report on standard output: `to_json()` as one document, or what `show(console)` draws."""
+    if as_json:
+        print(json.dumps(report.to_json(), indent=2, allow_nan=False))
+    else:
+        report.show(Console(highlight=False))
+
+
+def _note(text: str) -> None:
+    Console(stderr=True, highlight=False, soft_wrap=True).print(text, markup=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""A trained model, opened from its run folder for evaluation and sampling, in one process without ranks.
+
+It never writes. Invariant: weights, configuration and tokenizer are those of one checkpoint that verified.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..data.index import Corpus, open_corpus
+from ..data.tokenizer import Tokenizer, corpus_tokenizer
+from ..errors import ConfigError, UserError
+from ..models import LanguageModel
+from ..models import generate as generate_tokens
+from ..parallel import checkpoint as checkpoints
+from .config import Config, from_mapping
+from .run_folder import RunFolder
+from .training.process import choose_device
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A model with its weights, its tokenizer and where they came from."""
+
+    model: LanguageModel
+    config: Config
+    corpus: Corpus
+    tokenizer: Tokenizer
+    folder: RunFolder
+    checkpoint: Path
+
+    @property
+    def step(self) -> int:
+        """The step after which the checkpoint was taken."""
+        return int(self.checkpoint.name.removeprefix("step-"))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.model.parameters()).device
+
+    def sample(
+        self, prompt: str, tokens: int, *, temperature: float, top_p: float, top_k: int, seed: int
+    ) -> Iterator[str]:
+        """Yields the text that continues `prompt`, piece by piece, ending where the model ends the document."""
+        info = self.tokenizer.info
+        ids = [info.bos_id, *self.tokenizer.encode(prompt).tolist()]
+        sampled = generate_tokens(
+            self.model,
+            ids,
+            tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            seed=seed,
+            stop_id=info.eos_id,
+            vocab_size=info.vocab_size,
+        )
+        return decode_stream(self.tokenizer, sampled)
+
+
+def open_trained(path: Path, device: str = "auto", corpus: str | None = None) -> TrainedModel:
+    """The model of the run folder or checkpoint at `path`; `corpus` stands in for the one it was trained on.
+
+    A run folder gives its newest checkpoint that verifies. Weights are fp32 on a CPU, in the run's precision on a GPU.
+    """
+    folder, chosen = find_checkpoint(Path(path))
+    config = from_mapping(checkpoints.read_manifest(chosen).meta["config"])
+    opened = open_corpus(corpus or config.data.corpora[0].path)
+    tokenizer = corpus_tokenizer(opened)
+    if tokenizer.info.vocab_size > config.model.vocab_size:
+        raise ConfigError(
+            f"{opened.location} has a tokenizer of {tokenizer.info.vocab_size} tokens, but the model of {folder.path} "
+            f"knows {config.model.vocab_size}; name the corpus it was trained on, or one prepared with its tokenizer."
+        )
+    where = choose_device(device)
+    dtype = torch.bfloat16 if where.type == "cuda" and config.precision != "fp32" else torch.float32
+    model = LanguageModel(config.model, implementation=config.run.implementation).to(where, dtype)
+    checkpoints.load_weights(chosen, model)
+    return TrainedModel(model.eval().requires_grad_(False), config, opened, tokenizer, folder, chosen)
+
+
+def decode_stream(tokenizer: Tokenizer, ids: Iterator[int]) -> Iterator[str]:
+    """Yields the text of `ids` as it grows; a character still split between tokens waits for its rest.
+
+    Each token is decoded after a few before it, since a tokenizer may write a token otherwise at a text's beginning.
+    """
+    if tokenizer.info.kind == "bytes":
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        for token in ids:
+            if text := decoder.decode(bytes([token]) if token < 256 else b""):
+                yield text
+        yield decoder.decode(b"", final=True)
+        return
+    context: list[int] = []
+    pending: list[int] = []
+    for token in ids:
+        pending.append(token)
+        before, after = tokenizer.decode(context), tokenizer.decode(context + pending)
+        if not after.endswith("\ufffd"):
+            yield after[len(before) :]
+            context, pending = (context + pending)[-8:], []
+    if pending:
+        yield tokenizer.decode(context + pending)[len(tokenizer.decode(context)) :]
+
+
+def find_checkpoint(path: Path) -> tuple[RunFolder, Path]:
+    """The run folder and checkpoint that `path` names."""
+    path = path.resolve()
+    if path.name.startswith("step-") and path.parent.name == "checkpoints":
+        checkpoints.verify(path)
+        return RunFolder.open(path.parent.parent), path
+    folder = RunFolder.open(path)
+    found, warnings = checkpoints.find_latest(folder.checkpoints)
+    if found is None:
+        reason = f" ({warnings[0]})" if warnings else ""
+        raise UserError(f"{folder.path} holds no checkpoint that can be read{reason}; train it first.")
+    return folder, Path(found)

@@ -1,0 +1,200 @@
+"""Whether a configuration makes sense as a whole, found out before any process starts.
+
+It builds nothing and starts nothing. Invariant: a run that passed here fails later for its machine's reasons alone, and
+every problem is told at once, with the values.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from ..errors import ConfigError
+from ..models import config as models
+from .config import Config, StageConfig, with_vocabulary
+from .schema import problems_of
+
+if TYPE_CHECKING:
+    from ..data.index import Corpus
+
+SKIPPED = re.compile(r"(\d+):(\d+)-(\d+)")
+
+
+def check_run(config: Config, workers: int | None = None) -> tuple[Config, list[Corpus]]:
+    """The configuration with vocabulary and workers filled in, and its opened corpora, once they passed every rule."""
+    workers = worker_count(config) if workers is None else workers
+    validate(config, workers)
+    corpora = open_corpora(config)
+    config = with_vocabulary(config, corpora[0].tokenizer.vocab_size)
+    return dataclasses.replace(config, run=dataclasses.replace(config.run, workers=workers)), corpora
+
+
+def validate(config: Config, workers: int | None = None) -> None:
+    """Returns nothing; raises ConfigError naming every broken rule. `workers` defaults to `worker_count(config)`."""
+    problems = list(problems_of(config)) or list(_problems(config, workers))
+    try:
+        models.validate(config.model)
+    except ConfigError as error:
+        problems.append(str(error))
+    if len(problems) == 1:
+        raise ConfigError(f"{problems[0]}.")
+    if problems:
+        raise ConfigError(f"{len(problems)} problems in the configuration:" + "".join(f"\n  - {p}" for p in problems))
+
+
+def worker_count(config: Config) -> int:
+    """How many workers the run takes: as set, else by parallel.data, else one a GPU of this machine, else one."""
+    if config.run.workers or config.run.launcher == "inline":
+        return config.run.workers or 1
+    if config.parallel.data:
+        return config.parallel.data * replica_size(config)
+    if config.run.device == "cpu":
+        return 1
+    import torch
+
+    return max(torch.cuda.device_count(), 1)
+
+
+def replica_size(config: Config) -> int:
+    """How many workers hold one copy of the model."""
+    return config.parallel.context * config.parallel.tensor * config.parallel.pipeline
+
+
+def stage_micro_rows(config: Config, stage: StageConfig) -> int:
+    """Rows of a micro-batch in `stage`."""
+    return stage.micro_rows or config.batch.micro_rows
+
+
+def open_corpora(config: Config) -> list[Corpus]:
+    """The corpora of the configuration, in its order; they must share a tokenizer and hold a row of every stage."""
+    from ..data.index import open_corpus
+
+    corpora = [open_corpus(entry.path) for entry in config.data.corpora]
+    first = corpora[0]
+    for corpus in corpora[1:]:
+        if corpus.tokenizer.fingerprint != first.tokenizer.fingerprint:
+            raise ConfigError(
+                f"{first.location} and {corpus.location} were prepared with different tokenizers "
+                f"({_tokenizer(first)} and {_tokenizer(corpus)}); prepare them with the same one."
+            )
+    longest = max(stage.seq_len for stage in config.stages)
+    for corpus in corpora:
+        train = corpus.splits["train"]
+        positions = train.tokens + train.documents
+        if positions < longest:
+            raise ConfigError(
+                f"{corpus.location} holds {positions} training tokens, less than one row of {longest}; "
+                "prepare more text or lower stages.*.seq_len."
+            )
+    return corpora
+
+
+def _tokenizer(corpus: Corpus) -> str:
+    info = corpus.tokenizer
+    return f"{info.kind}, {info.vocab_size} tokens, {info.fingerprint[:8]}"
+
+
+def _problems(config: Config, workers: int | None) -> Iterator[str]:
+    yield from _data_problems(config)
+    if not config.stages:
+        yield "stages is empty; give at least one, say stages=[{seq_len: 512, tokens: 10M}]"
+    for index, stage in enumerate(config.stages):
+        yield from _stage_problems(config, index, stage)
+    yield from _optimizer_problems(config)
+    yield from _layout_problems(config, workers)
+    yield from _run_problems(config)
+
+
+def _data_problems(config: Config) -> Iterator[str]:
+    if not config.data.corpora:
+        yield "data.corpora is empty; run `longscan prepare` and name its folder: data.corpora=[FOLDER]"
+    for index, corpus in enumerate(config.data.corpora):
+        if not corpus.path:
+            yield f"data.corpora.{index}.path is empty; name a folder or URL that `longscan prepare` wrote"
+    for text in config.data.skipped_rows:
+        found = SKIPPED.fullmatch(text)
+        if not found:
+            yield f"data.skipped_rows holds {text!r}; write stage:first-last, say 0:1200-1215"
+        elif int(found[1]) >= len(config.stages) or int(found[2]) > int(found[3]):
+            yield f"data.skipped_rows holds {text!r}; there are {len(config.stages)} stages, and first <= last"
+
+
+def _stage_problems(config: Config, index: int, stage: StageConfig) -> Iterator[str]:
+    name, batch, micro = f"stages.{index}", config.batch.tokens, stage_micro_rows(config, stage)
+    if batch % stage.seq_len:
+        below = batch // stage.seq_len * stage.seq_len
+        nearest = f"{below} or {below + stage.seq_len}" if below else f"{stage.seq_len}"
+        yield f"batch.tokens is {batch}, not a multiple of {name}.seq_len {stage.seq_len}; take {nearest}"
+    elif (batch // stage.seq_len) % micro:
+        rows, key = batch // stage.seq_len, f"{name}.micro_rows" if stage.micro_rows else "batch.micro_rows"
+        yield (
+            f"a step of {name} has {rows} rows (batch.tokens {batch} / seq_len {stage.seq_len}), "
+            f"not a multiple of {key} {micro}; set {name}.micro_rows to a divisor of {rows}"
+        )
+    if stage.tokens < batch:
+        yield f"{name}.tokens is {stage.tokens}, less than one step of batch.tokens {batch}"
+    if stage.weights and len(stage.weights) != len(config.data.corpora):
+        yield f"{name}.weights holds {len(stage.weights)} numbers for {len(config.data.corpora)} corpora"
+    if stage.weights and (min(stage.weights) < 0 or max(stage.weights) <= 0):
+        yield f"{name}.weights is {stage.weights}; no weight may be negative and one must be above 0"
+
+
+def _optimizer_problems(config: Config) -> Iterator[str]:
+    betas, batch, schedule = config.optimizer.betas, config.batch, config.schedule
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        yield f"optimizer.betas is {betas}; it must be two numbers from 0 to below 1"
+    if bool(batch.ramp_from) != bool(batch.ramp_steps):
+        yield f"batch.ramp_from is {batch.ramp_from} and batch.ramp_steps {batch.ramp_steps}; set both or neither"
+    if batch.ramp_from > batch.tokens:
+        yield f"batch.ramp_from is {batch.ramp_from}, more than batch.tokens {batch.tokens}"
+    smallest = max((stage.seq_len * stage_micro_rows(config, stage) for stage in config.stages), default=0)
+    if batch.ramp_from and batch.ramp_from < smallest:
+        yield f"batch.ramp_from is {batch.ramp_from}, less than one micro-batch of {smallest} tokens"
+    steps = sum(stage.tokens // batch.tokens for stage in config.stages) + batch.ramp_steps
+    if config.stages and schedule.warmup_steps >= max(steps, 1):
+        yield (
+            f"schedule.warmup_steps is {schedule.warmup_steps}, but the run has about {steps} steps; "
+            "lower it or train on more tokens"
+        )
+
+
+def _layout_problems(config: Config, workers: int | None) -> Iterator[str]:
+    if config.run.launcher == "inline" and config.run.workers > 1:
+        yield f"run.workers is {config.run.workers}, but run.launcher=inline has one; use run.launcher=ray"
+        return
+    workers = worker_count(config) if workers is None else workers
+    size, data = replica_size(config), config.parallel.data
+    layout = "context x tensor x pipeline = {context} x {tensor} x {pipeline}".format(**vars(config.parallel))
+    if workers % size:
+        yield f"{workers} workers cannot be split into replicas of {size} ({layout}); take a multiple of {size}"
+    elif data and data * size != workers:
+        yield (
+            f"parallel.data is {data} replicas of {size} ({layout}), which takes {data * size} workers, not {workers}; "
+            f"set parallel.data to {workers // size} or 0"
+        )
+    else:
+        yield from _dims_problems(config, workers // size)
+
+
+def _dims_problems(config: Config, data: int) -> Iterator[str]:
+    """What `parallel` itself refuses in this version."""
+    from ..parallel.dims import ParallelDims
+
+    entries = {**vars(config.parallel), "data": data}
+    try:
+        ParallelDims(**entries).validate()
+    except ConfigError as error:
+        yield str(error).rstrip(".")
+
+
+def _run_problems(config: Config) -> Iterator[str]:
+    ratio = config.run.max_loss_ratio
+    if 0 < ratio <= 1:
+        yield f"run.max_loss_ratio is {ratio}; it must be above 1, or 0 to switch it off"
+    checkpoint = config.checkpoint
+    if checkpoint.keep_every % checkpoint.every:
+        yield (
+            f"checkpoint.keep_every is {checkpoint.keep_every}, not a multiple of checkpoint.every {checkpoint.every}"
+        )
