@@ -1,0 +1,21 @@
+"""The sequence ops: functions on tensors, one folder each, with a reference and where it pays a Triton kernel.
+
+No module holds parameters and none knows of ranks. The invariant: whatever piece of a sequence an op is given, with
+the state, tail or keys left of it and its Segments, the result is the one the whole sequence gives there.
+"""
+
+from .attention import attention
+from .linear_scan import linear_scan, linear_scan_summarize
+from .rg_lru import rg_lru, rg_lru_summarize
+from .segments import Segments
+from .short_conv import short_conv
+
+__all__ = [
+    "Segments",
+    "attention",
+    "linear_scan",
+    "linear_scan_summarize",
+    "rg_lru",
+    "rg_lru_summarize",
+    "short_conv",
+]

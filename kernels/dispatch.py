@@ -1,0 +1,66 @@
+"""Which implementation of an op runs: decided from what is asked, the device and the dtype, logged once each.
+
+Nothing falls back in silence: "triton" raises with the reason where it cannot run, and "auto" is a choice by rule
+(the kernel on CUDA where one exists for the dtype, else the reference), not an attempt.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+import os
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+_HALF_AND_SINGLE = frozenset({torch.float32, torch.float16, torch.bfloat16})
+# The dtypes each op's Triton kernel takes; an op that is not listed has none.
+KERNELS = {"linear_scan": _HALF_AND_SINGLE, "rg_lru": _HALF_AND_SINGLE}
+IMPLEMENTATIONS = ("auto", "reference", "triton")
+
+
+def resolve(implementation: str, op: str, device: torch.device, dtype: torch.dtype) -> str:
+    """ "reference" or "triton".
+
+    Args:
+        implementation: what the caller asks for, one of IMPLEMENTATIONS.
+        op: the op's name.
+        device: where the inputs are.
+        dtype: the widest dtype of the inputs.
+    """
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation={implementation!r}, expected one of {', '.join(IMPLEMENTATIONS)}")
+    chosen = implementation
+    if implementation == "auto":
+        chosen = "triton" if device.type == "cuda" and dtype in KERNELS.get(op, ()) else "reference"
+    if chosen == "triton":
+        reason = _why_not_triton(op, device.type, dtype)
+        if reason:
+            raise ValueError(f"{op}: implementation='triton' cannot run: {reason}")
+    if not torch.compiler.is_compiling():
+        _log(op, device.type, dtype, implementation, chosen)
+    return chosen
+
+
+def _why_not_triton(op: str, device_type: str, dtype: torch.dtype) -> str | None:
+    if op not in KERNELS:
+        return "this op has no Triton kernel"
+    if dtype not in KERNELS[op]:
+        return f"its kernel has no {dtype}"
+    if not _triton_installed():
+        return "triton is not installed"
+    if device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"the inputs are on {device_type}; it needs CUDA, or TRITON_INTERPRET=1 set before Python starts"
+    return None
+
+
+@functools.cache
+def _triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _log(op: str, device_type: str, dtype: torch.dtype, asked: str, chosen: str) -> None:
+    logger.info("%s on %s in %s: %s (asked: %s)", op, device_type, str(dtype).removeprefix("torch."), chosen, asked)

@@ -1,0 +1,107 @@
+"""The short causal convolution in PyTorch: S shifted multiply-adds, no unfolded copy of the input.
+
+A tap reaches s tokens back and is dropped for tokens whose position in their document is below s. Taps go in the
+order s = 0, 1, ..., so the gradient rows that a tap must not see are zeroed once and stay so for the taps after it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+ACTIVATIONS = ("silu", "gelu")
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    tail: Tensor | None,
+    positions: Tensor | None,
+    activation: str | None,
+) -> Tensor:
+    """y [B, T, D] in x's dtype; see op.py."""
+    y = _preactivation(x, weight, bias, tail, positions)
+    if activation == "silu":
+        y = torch.nn.functional.silu(y, inplace=True)
+    elif activation == "gelu":
+        y = torch.nn.functional.gelu(y, approximate="tanh")
+    return y.to(x.dtype)
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    tail: Tensor | None,
+    positions: Tensor | None,
+    activation: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dx, dweight, dbias, dtail); dtail is [B, S - 1, D] of zeros where no tap reaches it."""
+    batch, tokens, width = x.shape
+    taps = weight.shape[1]
+    dtype = _compute_dtype(x, weight)
+    grad = _through_activation(dy.to(dtype), activation, x, weight, bias, tail, positions)
+    values, columns = x.to(dtype), weight.to(dtype).t().contiguous()
+    dx = grad * columns[-1]
+    dtail = dx.new_zeros(batch, taps - 1, width)
+    dcolumns = torch.empty_like(columns)
+    dcolumns[-1] = _contract(grad, values)
+    dbias = grad.sum((0, 1))
+    for s in range(1, taps):
+        if positions is not None:
+            grad[(positions == s - 1).nonzero(as_tuple=True)] = 0
+        inner, column = min(s, tokens), columns[-1 - s]
+        dx[:, : tokens - inner].addcmul_(grad[:, inner:], column)
+        dcolumns[-1 - s] = _contract(grad[:, inner:], values[:, : tokens - inner])
+        # The first tokens of the piece reach into the tail: token t sees entry t - s + S - 1 of it.
+        entries = slice(taps - 1 - s, taps - 1 - s + inner)
+        dtail[:, entries].addcmul_(grad[:, :inner], column)
+        if tail is not None:
+            dcolumns[-1 - s] += _contract(grad[:, :inner], tail[:, entries].to(dtype))
+    return dx.to(x.dtype), dcolumns.t().to(weight.dtype).contiguous(), dbias, dtail
+
+
+def _preactivation(
+    x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | None, positions: Tensor | None
+) -> Tensor:
+    dtype = _compute_dtype(x, weight)
+    tokens, taps = x.shape[1], weight.shape[1]
+    values, columns = x.to(dtype), weight.to(dtype).t().contiguous()
+    y = values * columns[-1]
+    if bias is not None:
+        y += bias.to(dtype)
+    for s in range(1, taps):
+        inner, column = min(s, tokens), columns[-1 - s]
+        if positions is None:
+            y[:, inner:].addcmul_(values[:, : tokens - inner], column)
+        else:
+            reached = values[:, : tokens - inner] * column
+            reached[(positions[:, inner:] < s).nonzero(as_tuple=True)] = 0
+            y[:, inner:] += reached
+        if tail is not None:
+            reached = tail[:, taps - 1 - s : taps - 1 - s + inner].to(dtype) * column
+            if positions is not None:
+                reached[(positions[:, :inner] < s).nonzero(as_tuple=True)] = 0
+            y[:, :inner] += reached
+    return y
+
+
+def _through_activation(grad: Tensor, activation: str | None, *inputs: Tensor | None) -> Tensor:
+    """The gradient at the pre-activation, which is recomputed from the inputs; always a new tensor."""
+    if activation is None:
+        return grad.clone()
+    pre = _preactivation(*inputs)
+    if activation == "silu":
+        return torch.ops.aten.silu_backward(grad, pre)
+    return torch.ops.aten.gelu_backward(grad, pre, approximate="tanh")
+
+
+def _contract(grad: Tensor, values: Tensor) -> Tensor:
+    """[D]: the sum of grad * values over rows and tokens."""
+    return (grad * values).sum((0, 1))
+
+
+def _compute_dtype(*inputs: Tensor) -> torch.dtype:
+    return torch.float64 if any(t.dtype == torch.float64 for t in inputs) else torch.float32
