@@ -1,4 +1,4 @@
-"""From text to packed batches: prepare, tokenizer, index, row plan, packing, cache, loader. A leaf: no models, no ranks.
+"""From text to packed batches: prepare, tokenizer, index, row plan, packing, loader. A leaf: no models, no ranks.
 
 The one invariant: what row r of a stage holds is a pure function of the DataPlan, whoever asks, in whatever order.
 """

@@ -14,7 +14,7 @@ import os
 import re
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
@@ -124,7 +124,8 @@ class ShardCache:
                     fcntl.flock(part, fcntl.LOCK_SH)
         finally:
             with self._locked():
-                path.unlink(missing_ok=True)
+                if _is_at(part, path):
+                    path.unlink()
 
     def _open_shared(self, path: Path) -> BinaryIO | None:
         """The file with a shared lock and a fresh time of use, or None if it is not there."""
@@ -201,15 +202,24 @@ class ShardCache:
 def _claim(part: Path) -> BinaryIO | None:
     """Opens the file to fill for this process alone; None while another fills it, or has just put it in place."""
     part.touch()
-    file = part.open("r+b")
     try:
+        file = part.open("r+b")
+    except FileNotFoundError:
+        return None
+    with suppress(BlockingIOError):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.path.samestat(os.fstat(file.fileno()), part.stat()):
+        if _is_at(file, part):
             return file
-    except (BlockingIOError, FileNotFoundError):
-        pass
     file.close()
     return None
+
+
+def _is_at(file: BinaryIO, path: Path) -> bool:
+    """Whether the open file is still the one that `path` names."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _evict(path: Path) -> bool:

@@ -39,10 +39,24 @@ class Mixture:
 
     @cached_property
     def pattern(self) -> np.ndarray:
-        """int64 [4096]: the corpus of each slot, each corpus evenly spread."""
-        corpus = np.repeat(np.arange(len(self.counts)), self.counts)
-        rank = np.concatenate([np.arange(count) for count in self.counts])
-        return corpus[np.lexsort((corpus, (rank + 0.5) / np.array(self.counts)[corpus]))]
+        """int64 [4096]: the corpus of each slot, so that any prefix holds within one row of each corpus's share.
+
+        Tijdeman's rule (The chairman assignment problem, 1980): of the corpora whose next row is due, the one with the
+        earliest deadline. For n corpora no prefix deviates by more than 1 - 1/(2n - 2).
+        """
+        active = np.flatnonzero(self.counts)
+        if len(active) == 1:
+            return np.full(SLOTS, active[0])
+        counts, slack = np.array(self.counts)[active], 2 * len(active) - 2
+        taken = np.zeros(len(active), np.int64)
+        pattern = np.empty(SLOTS, np.int64)
+        for slot in range(SLOTS):
+            due = slack * (counts * (slot + 1) - SLOTS * taken) >= SLOTS
+            deadlines = ((taken + 1) * slack - 1) / counts
+            chosen = int(np.where(due, deadlines, np.inf).argmin())
+            taken[chosen] += 1
+            pattern[slot] = active[chosen]
+        return pattern
 
     @cached_property
     def _before(self) -> np.ndarray:

@@ -261,7 +261,7 @@ def _begin(output: Path, work: Path, plan: Plan) -> None:
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     if not path.exists():
         with _disk_errors(output):
-            write_durably(path, json.dumps(dataclasses.asdict(plan)).encode())
+            write_durably(path, json.dumps(plan.to_dict()).encode())
 
 
 @contextlib.contextmanager

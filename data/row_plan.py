@@ -80,7 +80,7 @@ class DataPlan:
         stages: seq_len, rows and packing, in order. Each goes on in every corpus's stream where the last one ended.
         weights: share of the rows of each corpus; None means in proportion to its positions.
         seed: decides the order of shards, documents and packed rows.
-        shuffle_window: how many shards are shuffled together. Memory: 16 bytes a document of two windows a corpus.
+        shuffle_window: how many shards are shuffled together. Memory: 12 bytes a document of two windows a corpus.
         skipped_rows: for each stage the (first, end) ranges of plan rows left out.
         split: which split is trained on.
         version: of this arithmetic.

@@ -2,7 +2,7 @@
 
 A document of n tokens contributes 1 + n positions: its begin-of-document token, then its tokens. In each epoch the
 shards are permuted, `shuffle_window` of them at a time form a window, and the documents of a window are permuted.
-In memory are only a prefix sum over shards and the document tables of the last windows asked for (16 bytes a
+In memory are only a prefix sum over shards and the document tables of the last windows asked for (12 bytes a
 document). Permutations come from integer arithmetic written here, so no library can change them.
 """
 
@@ -33,16 +33,18 @@ def _mix(z: np.ndarray) -> np.ndarray:
 def permutation(count: int, *words: int) -> np.ndarray:
     """The order of `count` things that the words (a seed, a purpose, an epoch, ...) decide: int64 [count].
 
-    The stable argsort of splitmix64 keys. Numpy's vectorised sort is twice as fast and not stable, which matters
-    only where two keys are equal.
+    The stable argsort of splitmix64 keys, of which the lowest bits, as many as the largest index has, do not count:
+    they hold the index while one plain sort, three times as fast as an argsort, orders both.
     """
     state = np.zeros(1, np.uint64)
     for word in words:
         state = _mix((state ^ np.uint64(word)) + GOLDEN)
     keys = _mix(state + GOLDEN * np.arange(1, count + 1, dtype=np.uint64))
-    order = np.argsort(keys)
-    ordered = keys[order]
-    return np.argsort(keys, kind="stable") if (ordered[1:] == ordered[:-1]).any() else order
+    index = np.uint64((1 << max(count - 1, 0).bit_length()) - 1)
+    keys &= ~index
+    keys |= np.arange(count, dtype=np.uint64)
+    keys.sort()
+    return (keys & index).astype(np.int64)
 
 
 class Piece(NamedTuple):
@@ -159,13 +161,17 @@ def _merge(begins: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray
 
 
 class _Window(NamedTuple):
-    """Document i in shuffled order covers positions bounds[i] to bounds[i + 1]."""
+    """The i-th document covers positions bounds[i] to bounds[i + 1] and is number order[i] of its shards' documents.
+
+    Shard shards[j] holds numbers first[j] to first[j + 1].
+    """
 
     begin: int
     end: int
     bounds: np.ndarray
-    shard: np.ndarray
-    document: np.ndarray
+    order: np.ndarray
+    shards: np.ndarray
+    first: np.ndarray
 
 
 class CorpusStream:
@@ -217,17 +223,13 @@ class CorpusStream:
         order, starts = self._epoch(epoch)
         shards = order[window * self.shuffle_window : (window + 1) * self.shuffle_window]
         tables = [self._tokens(shard) for shard in shards.tolist()]
-        sizes = np.array([len(table) for table in tables])
-        shuffled = self._permutation(int(sizes.sum()), DOCUMENTS, self.corpus, epoch, window)
+        first = np.concatenate([[0], np.cumsum([len(table) for table in tables])])
+        order = self._permutation(int(first[-1]), DOCUMENTS, self.corpus, epoch, window)
         begin = epoch * self.total + int(starts[window])
-        bounds = np.empty(len(shuffled) + 1, np.int64)
-        bounds[0] = begin
-        np.cumsum(np.concatenate(tables)[shuffled], dtype=np.int64, out=bounds[1:])
-        bounds[1:] += begin + np.arange(1, len(bounds))
-        shard = np.repeat(shards.astype(np.int32), sizes)[shuffled]
-        first = np.repeat(np.cumsum(sizes) - sizes, sizes)
-        document = (np.arange(len(shuffled)) - first).astype(np.int32)[shuffled]
-        return _Window(begin, int(bounds[-1]), bounds, shard, document)
+        bounds = np.zeros(len(order) + 1, np.int64)
+        np.cumsum(np.concatenate(tables)[order], dtype=np.int64, out=bounds[1:])
+        bounds += np.arange(begin, begin + len(bounds))
+        return _Window(begin, int(bounds[-1]), bounds, order.astype(np.uint32), shards, first)
 
     def _tokens(self, shard: int) -> np.ndarray:
         """How many tokens each document of the shard has."""
@@ -247,7 +249,9 @@ class CorpusStream:
         counts = np.searchsorted(window.bounds, ends, "left") - low
         index = np.arange(int(counts.sum())) + np.repeat(low - (np.cumsum(counts) - counts), counts)
         first, last = window.bounds[index], window.bounds[index + 1]
+        number = window.order[index].astype(np.int64)
+        shard = np.searchsorted(window.first, number, "right") - 1
         begin = np.maximum(first, np.repeat(begins, counts))
         length = np.minimum(last, np.repeat(ends, counts)) - begin
-        shard, document = window.shard[index].astype(np.int64), window.document[index].astype(np.int64)
-        return Pieces(self.corpus, begin, shard, document, begin - first, length, last - first)
+        document = number - window.first[shard]
+        return Pieces(self.corpus, begin, window.shards[shard], document, begin - first, length, last - first)

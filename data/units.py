@@ -137,7 +137,7 @@ def new_folder(target: Path, replace: bool = False) -> Iterator[Path]:
         sync_folder(target.parent)
     except OSError as error:
         if is_full(error):
-            raise full_disk(target) from error
+            raise full_disk(target.parent) from error
         if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):  # a worker that outlived its parent was first
             raise
     finally:
@@ -150,9 +150,9 @@ def is_full(error: OSError) -> bool:
     return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
-def full_disk(path: Path) -> UserError:
+def full_disk(folder: Path) -> UserError:
     """The error for a disk with no room left; what was finished stays, so the same command goes on from there."""
-    return UserError(f"no room left on the disk of {path.parent}; what is finished is kept: free some and run again.")
+    return UserError(f"no room left on the disk of {folder}; what is finished is kept: free some and run again.")
 
 
 def folder_name(number: int) -> str:

@@ -78,10 +78,14 @@ class StopSignals:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._received)
+        self._previous = self.take_over()
         return self
+
+    def take_over(self) -> dict[int, Any]:
+        """Puts the handlers in place and returns those that were; again after Ray has started, which sets its own."""
+        if threading.current_thread() is not threading.main_thread():
+            return {}
+        return {number: signal.signal(number, self._received) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._previous.items():
@@ -126,6 +130,7 @@ def _train_on_ray(
 
     began = time.monotonic()
     with RayCluster(config) as cluster:
+        signals.take_over()
         workers, places = cluster.form(folder.path, incarnation)
         seconds = round(time.monotonic() - began, 3)
         _event(folder, "formed", incarnation, workers=places, seconds=seconds)

@@ -51,9 +51,8 @@ def test_batches_hold_what_the_documents_say(corpus, stored, packing):
 def test_every_token_and_every_document_end_is_a_label_once_an_epoch(corpus):
     positions = corpus.splits["train"].tokens + corpus.splits["train"].documents
     plan = DataPlan((corpus,), (Stage(1, positions),), shuffle_window=2)
-    labels = RowLoader(plan).read(0, range(positions)).labels
-    assert int((labels == corpus.tokenizer.eos_id).sum()) == corpus.splits["train"].documents
     batch = RowLoader(plan).read(0, range(positions))
+    assert int((batch.labels == corpus.tokenizer.eos_id).sum()) == corpus.splits["train"].documents
     assert batch.text_bytes == corpus.splits["train"].bytes
 
 
