@@ -20,6 +20,8 @@ from .. import __version__
 from ..errors import UserError
 
 INTERRUPTED = 130
+# Columns of a table that is not written to a terminal.
+PIPE_WIDTH = 120
 
 app = typer.Typer(
     name="longscan",
@@ -44,7 +46,7 @@ RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or o
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Runs the command line and exits: 0 done, 1 failed, 2 bad usage or configuration, 130 interrupted."""
     try:
-        app(args=None if arguments is None else list(arguments))
+        app(args=None if arguments is None else list(arguments), prog_name="longscan")
     except UserError as error:
         Console(stderr=True, highlight=False, soft_wrap=True).print(f"[red]error:[/red] {escape(str(error))}")
         sys.exit(error.exit_code)
@@ -257,7 +259,7 @@ def _print(report: Any, as_json: bool) -> None:
     if as_json:
         print(json.dumps(report.to_json(), indent=2, allow_nan=False))
     else:
-        report.show(Console(highlight=False))
+        report.show(Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH))
 
 
 def _note(text: str) -> None:

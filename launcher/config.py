@@ -144,7 +144,7 @@ class RunConfig:
     deterministic: bool = option(False, "bit-for-bit repeatable; refuses what cannot be")
     implementation: str = option("auto", "kernels", choices=("auto", "reference", "triton"))
     timeout_seconds: float = option(300.0, "how long a worker waits for the others before it gives up", above=0)
-    max_loss_ratio: float = option(3.0, "stop when the loss exceeds its recent mean this many times (0: off)", at_least=0)
+    max_loss_ratio: float = option(3.0, "stop when the loss is this many times its recent mean (0: off)", at_least=0)
 
 
 @dataclass

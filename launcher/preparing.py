@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
-from ..data.prepare import PrepareReport, prepare_corpus
+from ..data import PrepareReport, prepare_corpus
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,7 @@ from pathlib import Path
 
 import torch
 
-from ..data.index import Corpus, open_corpus
-from ..data.tokenizer import Tokenizer, corpus_tokenizer
+from ..data import Corpus, Tokenizer, corpus_tokenizer, open_corpus
 from ..errors import ConfigError, UserError
 from ..models import LanguageModel
 from ..models import generate as generate_tokens

@@ -17,7 +17,7 @@ from .config import Config, StageConfig, with_vocabulary
 from .schema import problems_of
 
 if TYPE_CHECKING:
-    from ..data.index import Corpus
+    from ..data import Corpus
 
 SKIPPED = re.compile(r"(\d+):(\d+)-(\d+)")
 
@@ -69,7 +69,7 @@ def stage_micro_rows(config: Config, stage: StageConfig) -> int:
 
 def open_corpora(config: Config) -> list[Corpus]:
     """The corpora of the configuration, in its order; they must share a tokenizer and hold a row of every stage."""
-    from ..data.index import open_corpus
+    from ..data import open_corpus
 
     corpora = [open_corpus(entry.path) for entry in config.data.corpora]
     first = corpora[0]

@@ -7,9 +7,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from ...data import ShardCache, documents
-from ...data.index import Corpus
-from ...data.tokenizer import Tokenizer
+from ...data import Corpus, ShardCache, Tokenizer, documents
 
 # The counts are sharp long before this; decoding a trained tokenizer is slower than reading bytes, hence less of it.
 TRAINING_BYTES = 32 << 20

@@ -8,10 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ...data import ShardCache, documents
+from ...data import Corpus, ShardCache, ShardInfo, Tokenizer, documents
 from ...data.cache import SplitFiles
-from ...data.index import Corpus, ShardInfo
-from ...data.tokenizer import Tokenizer
 from ...errors import UserError
 
 # Below this many pieces of long documents, joined documents say more.
