@@ -3,7 +3,7 @@
 Each figure is the best of five, in processes that are up: libraries imported, model and engine built. Resume is what a
 restarted run does then: find the newest checkpoint that verifies, every byte read, and load it into the engine.
 
-    python benchmarks/checkpoint.py [--ranks 1 2] [--models griffin-demo wide]
+    python -m benchmarks.checkpoint [--ranks 1 2] [--models griffin-demo wide]
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from record import record
 
 from longscan.models import LanguageModel, ModelConfig
 from longscan.models.config import config_from_mapping, load_preset
 from longscan.parallel import Engine, OptimizerOptions, ParallelDims, process_group
 from longscan.parallel.checkpoint import Checkpointer, load_weights, verify
+
+from .record import ROOT, record
 
 REPEATS = 5
 RESUME_FLOOR = 2.0
@@ -100,8 +101,13 @@ def report(
 def start(name: str, ranks: int) -> None:
     """Runs the ranks as processes of this file."""
     with tempfile.TemporaryDirectory() as folder:
-        commands = [[sys.executable, __file__, "--worker", name, str(r), str(ranks), folder] for r in range(ranks)]
-        workers = [subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}) for command in commands]
+        commands = [
+            [sys.executable, "-m", "benchmarks.checkpoint", "--worker", name, str(r), str(ranks), folder]
+            for r in range(ranks)
+        ]
+        workers = [
+            subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}) for command in commands
+        ]
         if any(worker.wait() for worker in workers):
             raise SystemExit(f"a rank of {name} failed")
 

@@ -4,7 +4,7 @@ Documents have lognormal lengths (median 400 tokens, or 40 for the many-small-do
 cache. Rows are read in training order, so best-fit pays for packing each group of 256 rows once. Processor time is
 counted, since other work on the machine disturbs the clock's.
 
-    python benchmarks/loading.py [--rows 512]
+    python -m benchmarks.loading [--rows 512]
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from record import record
 
 from longscan.data import Corpus, DataPlan, RowLoader, ShardInfo, Split, Stage, TokenizerInfo
 from longscan.data.index import DOCUMENT
+
+from .record import record
 
 SEQ_LEN, BATCH = 32768, 4
 FLOOR = 5e6

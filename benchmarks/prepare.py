@@ -5,7 +5,7 @@ process, one thread. What is timed is the whole call, from arguments to manifest
 texts with `encode_batch` in batches of about a MiB, and its ids are thrown away. Each figure is the best of some
 repetitions, those of the BPE taken in turns and in processor time, since other work on the machine disturbs them.
 
-    python benchmarks/prepare.py [--repeat 5]
+    python -m benchmarks.prepare [--repeat 5]
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import tokenizers
-from record import record
 
 from longscan.data.bpe import train_bpe
 from longscan.data.prepare import prepare_corpus
 from longscan.data.sources import find_files
+
+from .record import record
 
 BYTES_FLOOR, BPE_FLOOR = 50.0, 0.9
 COPIES = 8

@@ -3,7 +3,7 @@
 The index is 8000 shards of 125,000 documents whose tables are links to one file, so the tables are in the page cache
 after the first: what is timed is the lookup, not the disk (16 tables of 2 MB a window).
 
-    python benchmarks/row_lookup.py [--lookups 10] [--shuffle-window 16]
+    python -m benchmarks.row_lookup [--lookups 10] [--shuffle-window 16]
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ import time
 from pathlib import Path
 
 import numpy as np
-from record import record
 
 from longscan.data import Corpus, DataPlan, ShardInfo, Split, Stage, TokenizerInfo
 from longscan.data.index import DOCUMENT
+
+from .record import record
 
 SHARDS, DOCUMENTS = 8000, 125_000
 FLOOR = 1.0

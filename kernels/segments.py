@@ -6,11 +6,24 @@ three facts decide what a scan, a convolution or an attention may see; no op loo
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
+
+
+def _kept(compute: Callable[[Segments], Tensor]) -> property:
+    """A property computed once and kept; torch.compile, which cannot trace that, computes it in its graph."""
+
+    def get(self: Segments) -> Tensor:
+        if torch.compiler.is_compiling():
+            return compute(self)
+        if compute.__name__ not in self.__dict__:
+            self.__dict__[compute.__name__] = compute(self)
+        return self.__dict__[compute.__name__]
+
+    return property(get, doc=compute.__doc__)
 
 
 @dataclass(frozen=True)
@@ -31,13 +44,15 @@ class Segments:
 
     @property
     def batch(self) -> int:
+        """Rows, B."""
         return self.continues.shape[0]
 
     @property
     def tokens(self) -> int:
+        """Tokens a row, T."""
         return self.doc_start.shape[0] // self.batch
 
-    @cached_property
+    @_kept
     def resets(self) -> Tensor:
         """bool [B, T], true at a document's first token: where state, convolution and RG-LRU start afresh."""
         starts = torch.zeros(self.batch * self.tokens, dtype=torch.bool, device=self.doc_start.device)
@@ -46,7 +61,7 @@ class Segments:
         first = starts[:, :1] & ~self.continues[:, None]
         return torch.cat([first, starts[:, 1:]], dim=1)
 
-    @cached_property
+    @_kept
     def positions(self) -> Tensor:
         """int64 [B, T], each token's position in its document, counted from 0."""
         index = torch.arange(self.tokens, device=self.doc_start.device)

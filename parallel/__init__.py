@@ -7,7 +7,7 @@ loss and the weights after a step do not depend on how rows, parameters and opti
 from .dims import ParallelDims
 from .engine import Engine
 from .groups import destroy_process_group, init_process_group, process_group
-from .zero import Fragment, OptimizerOptions
+from .optimizer import Fragment, OptimizerOptions
 
 __all__ = [
     "Engine",

@@ -42,6 +42,8 @@ def _load(device: torch.device) -> ModuleType:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         if deepspeed.comm.comm.cdb is None:
             deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, dist_init_required=False)
+    # It gathers by a name that torch renames; the warning would come at every step.
+    warnings.filterwarnings("ignore", "`torch.distributed.(all_gather_into|reduce_scatter)_tensor` is deprecated")
     return deepspeed
 
 

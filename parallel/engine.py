@@ -14,7 +14,9 @@ from ..data.batch import Batch
 from ..errors import ConfigError
 from .dims import ParallelDims
 from .loss import LossModule
-from .zero import KINDS, Fragment, OptimizerOptions, ReplicatedAdamW, ShardedAdamW
+from .optimizer import KINDS, Fragment, OptimizerOptions
+from .replicated import ReplicatedAdamW
+from .zero import ShardedAdamW
 
 if TYPE_CHECKING:
     from ..models import LanguageModel

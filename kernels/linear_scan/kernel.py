@@ -12,10 +12,14 @@ Rows of a loop carry i_, offsets o_, loaded blocks b_ and pointers p_. State is 
 any arithmetic.
 """
 
+# The types of jitted functions and of their launches are beyond a type checker.
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false, reportArgumentType=false
+
 from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -43,7 +47,7 @@ class Plan:
     @property
     def grid(self) -> tuple[int, int, int]:
         """Programs by piece, channel block and row."""
-        return self.pieces, triton.cdiv(self.width, self.block), self.batch
+        return self.pieces, -(-self.width // self.block), self.batch
 
 
 def plan(batch: int, tokens: int, width: int) -> Plan:
@@ -82,28 +86,26 @@ def entering(p_state, p_transition, b_state, o_d, mask, width, REVERSE: tl.const
 @triton.jit
 def vector(pointer, o_d, mask, width):
     """This row's vector of [B, D] in fp32, or zeros for None."""
-    if pointer is None:
-        return tl.zeros(o_d.shape, tl.float32)
-    row = tl.program_id(2).to(tl.int64) * width
-    return tl.load(pointer + row + o_d, mask=mask, other=0.0).to(tl.float32)
+    b = tl.zeros(o_d.shape, tl.float32)
+    if pointer is not None:
+        row = tl.program_id(2).to(tl.int64) * width
+        b = tl.load(pointer + row + o_d, mask=mask, other=0.0).to(tl.float32)
+    return b
 
 
 @triton.jit
-def zero_at_reset(b_a, p_resets, at):
-    """The factors, or zeros where token `at` (over the rows laid end to end) begins a document."""
+def _factor(p_log_a, p_resets, at, o_d, mask, width):
+    """exp(log_a), or zeros where token `at` (over the rows laid end to end) begins a document."""
+    b_a = tl.exp(tl.load(p_log_a + at * width + o_d, mask=mask, other=0.0).to(tl.float32))
     if p_resets is not None:
         b_a = tl.where(tl.load(p_resets + at) != 0, 0.0, b_a)
     return b_a
 
 
 @triton.jit
-def _factor(p_log_a, p_resets, at, o_d, mask, width):
-    b_log_a = tl.load(p_log_a + at * width + o_d, mask=mask, other=0.0).to(tl.float32)
-    return zero_at_reset(tl.exp(b_log_a), p_resets, at)
-
-
-@triton.jit
-def _summary(p_x, p_log_a, p_resets, p_state, p_transition, tokens, width, piece, BLOCK_D: tl.constexpr, REVERSE: tl.constexpr):
+def _summary(
+    p_x, p_log_a, p_resets, p_state, p_transition, tokens, width, piece, BLOCK_D: tl.constexpr, REVERSE: tl.constexpr
+):
     """[B, pieces, D] twice: the state a piece leaves from zero, and the product of its factors.
 
     In reverse the state is the gradient that leaves the piece on its left, a_t (dh_t + state), with x for dh.
@@ -128,7 +130,9 @@ def _summary(p_x, p_log_a, p_resets, p_state, p_transition, tokens, width, piece
 
 
 @triton.jit
-def _walk_forward(p_x, p_log_a, p_resets, p_initial, p_state, p_transition, p_h, p_final, tokens, width, piece, BLOCK_D: tl.constexpr):
+def _walk_forward(
+    p_x, p_log_a, p_resets, p_initial, p_state, p_transition, p_h, p_final, tokens, width, piece, BLOCK_D: tl.constexpr
+):
     o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask = o_d < width
     first, count, step = piece_span(tokens, piece, False)
@@ -145,8 +149,22 @@ def _walk_forward(p_x, p_log_a, p_resets, p_initial, p_state, p_transition, p_h,
 
 @triton.jit
 def _walk_backward(
-    p_dh, p_dfinal, p_extra, p_log_a, p_resets, p_h, p_initial, p_state, p_transition, p_dx, p_dlog_a, p_dinitial,
-    tokens, width, piece, BLOCK_D: tl.constexpr,
+    p_dh,
+    p_dfinal,
+    p_extra,
+    p_log_a,
+    p_resets,
+    p_h,
+    p_initial,
+    p_state,
+    p_transition,
+    p_dx,
+    p_dlog_a,
+    p_dinitial,
+    tokens,
+    width,
+    piece,
+    BLOCK_D: tl.constexpr,
 ):
     """dx_t = dh_t + b_state, where b_state is a_{t+1} dx_{t+1}, the gradient that token t + 1 hands to h_t."""
     o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -197,7 +215,18 @@ def forward(x: Tensor, log_a: Tensor, initial: Tensor | None, resets: Tensor | N
     with on(x):
         summaries = _summaries(cut, x, log_a, resets, reverse=False)
         _walk_forward[cut.grid](
-            x, log_a, resets, initial, *summaries, h, final, cut.tokens, cut.width, cut.piece, BLOCK_D=cut.block, num_warps=2
+            x,
+            log_a,
+            resets,
+            initial,
+            *summaries,
+            h,
+            final,
+            cut.tokens,
+            cut.width,
+            cut.piece,
+            BLOCK_D=cut.block,
+            num_warps=2,
         )
     return h, final
 
@@ -218,8 +247,22 @@ def backward(
     with on(h):
         summaries = _summaries(cut, dh, log_a, resets, reverse=True)
         _walk_backward[cut.grid](
-            dh, dfinal, extra, log_a, resets, h, initial, *summaries, dx, dlog_a, dinitial,
-            cut.tokens, cut.width, cut.piece, BLOCK_D=cut.block, num_warps=2,
+            dh,
+            dfinal,
+            extra,
+            log_a,
+            resets,
+            h,
+            initial,
+            *summaries,
+            dx,
+            dlog_a,
+            dinitial,
+            cut.tokens,
+            cut.width,
+            cut.piece,
+            BLOCK_D=cut.block,
+            num_warps=2,
         )
     return dx, dlog_a, dinitial
 
@@ -232,10 +275,22 @@ def summarize(x: Tensor, log_a: Tensor, resets: Tensor | None) -> tuple[Tensor, 
         return fold_pieces(cut, *_summaries(cut, x, log_a, resets, reverse=False))
 
 
-def _summaries(cut: Plan, x: Tensor | None, log_a: Tensor, resets: Tensor | None, reverse: bool) -> tuple[Tensor, Tensor]:
+def _summaries(
+    cut: Plan, x: Tensor | None, log_a: Tensor, resets: Tensor | None, reverse: bool
+) -> tuple[Tensor, Tensor]:
     state, transition = per_piece(cut, log_a), per_piece(cut, log_a)
     _summary[cut.grid](
-        x, log_a, resets, state, transition, cut.tokens, cut.width, cut.piece, BLOCK_D=cut.block, REVERSE=reverse, num_warps=2
+        x,
+        log_a,
+        resets,
+        state,
+        transition,
+        cut.tokens,
+        cut.width,
+        cut.piece,
+        BLOCK_D=cut.block,
+        REVERSE=reverse,
+        num_warps=2,
     )
     return state, transition
 
@@ -250,7 +305,7 @@ def fold_pieces(cut: Plan, state: Tensor, transition: Tensor) -> tuple[Tensor, T
     return last, product
 
 
-def packed(*tensors: Tensor | None) -> list[Tensor | None]:
+def packed(*tensors: Tensor | None) -> list[Any]:
     """The tensors laid out contiguously, as the kernels address them; bool as bytes."""
     laid = [None if t is None else t.contiguous() for t in tensors]
     return [t.view(torch.uint8) if t is not None and t.dtype == torch.bool else t for t in laid]

@@ -4,8 +4,8 @@
 tokens of one chunk while PyTorch covers all chunks at once. Only factors in [0, 1] are ever multiplied: no exponential
 of a sum, so nothing overflows whatever the decays are. State is fp32, fp64 where an input is.
 
-One core of a 2-core Xeon, fp32: forward 2.4 ms at (B, T, D) = (8, 512, 384), 23 ms at (1, 32768, 256); log2(T)
-doubling takes 31 and 632 ms.
+One core of a 2-core Xeon, fp32: `scan` takes 2.4 ms at (B, T, D) = (8, 512, 384), 23 ms at (1, 32768, 256); log2(T)
+doubling 31 and 632 ms.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ def scan(x: Tensor, a: Tensor, initial: Tensor, out: Tensor | None = None, rever
     if reverse and whole < tokens:
         initial = scan(x[:, whole:], a[:, whole:], initial, out[:, whole:], reverse)[:, 0]
     xs, factors, outs = (t[:, :whole].unflatten(1, (-1, chunk)) for t in (x, a, out))
-    ends = scan(*_fold(xs, factors, reverse), initial, reverse=reverse)
+    states, transitions = _fold(xs, factors, reverse)
+    ends = scan(states, transitions, initial, reverse=reverse)
     first = initial[:, None]
     enters = torch.cat([ends[:, 1:], first] if reverse else [first, ends[:, :-1]], dim=1)
     _walk(xs, factors, enters, outs, reverse)
@@ -52,7 +53,8 @@ def fold(x: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
         state, transition = _fold(x[:, None], a[:, None])
         return state[:, 0], transition[:, 0]
     whole = tokens // chunk * chunk
-    state, transition = fold(*_fold(*(t[:, :whole].unflatten(1, (-1, chunk)) for t in (x, a))))
+    xs, factors = (t[:, :whole].unflatten(1, (-1, chunk)) for t in (x, a))
+    state, transition = fold(*_fold(xs, factors))
     if whole < tokens:
         last, factor = fold(x[:, whole:], a[:, whole:])
         state, transition = torch.addcmul(last, factor, state), transition * factor

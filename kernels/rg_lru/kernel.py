@@ -5,6 +5,9 @@ inputs twice where they exceed the L2 cache. The backward pass recomputes the ga
 piece by piece and then over pieces in a fixed order, without atomics, so bits repeat.
 """
 
+# The types of jitted functions and of their launches are beyond a type checker.
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false, reportArgumentType=false
+
 from __future__ import annotations
 
 import torch
@@ -63,7 +66,9 @@ def _decay(p_gate_a, p_resets, b_rate, at, o_d, mask, width):
 
 
 @triton.jit
-def _summary(p_x, p_gate_a, p_gate_x, p_rate, p_resets, p_state, p_transition, tokens, width, piece, BLOCK_D: tl.constexpr):
+def _summary(
+    p_x, p_gate_a, p_gate_x, p_rate, p_resets, p_state, p_transition, tokens, width, piece, BLOCK_D: tl.constexpr
+):
     """[B, pieces, D] twice: the state a piece leaves from zero, and the product of its factors."""
     o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask = o_d < width
@@ -85,7 +90,9 @@ def _summary(p_x, p_gate_a, p_gate_x, p_rate, p_resets, p_state, p_transition, t
 
 
 @triton.jit
-def _summary_reverse(p_dh, p_gate_a, p_rate, p_resets, p_state, p_transition, tokens, width, piece, BLOCK_D: tl.constexpr):
+def _summary_reverse(
+    p_dh, p_gate_a, p_rate, p_resets, p_state, p_transition, tokens, width, piece, BLOCK_D: tl.constexpr
+):
     """[B, pieces, D] twice: the gradient a piece hands to its left from none on its right, and its factors' product."""
     o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask = o_d < width
@@ -108,8 +115,20 @@ def _summary_reverse(p_dh, p_gate_a, p_rate, p_resets, p_state, p_transition, to
 
 @triton.jit
 def _walk_forward(
-    p_x, p_gate_a, p_gate_x, p_rate, p_resets, p_initial, p_state, p_transition, p_h, p_final,
-    tokens, width, piece, BLOCK_D: tl.constexpr,
+    p_x,
+    p_gate_a,
+    p_gate_x,
+    p_rate,
+    p_resets,
+    p_initial,
+    p_state,
+    p_transition,
+    p_h,
+    p_final,
+    tokens,
+    width,
+    piece,
+    BLOCK_D: tl.constexpr,
 ):
     o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask = o_d < width
@@ -130,8 +149,27 @@ def _walk_forward(
 
 @triton.jit
 def _walk_backward(
-    p_dh, p_dfinal, p_extra, p_x, p_gate_a, p_gate_x, p_rate, p_resets, p_h, p_initial, p_state, p_transition,
-    p_dx, p_dgate_a, p_dgate_x, p_drate, p_dinitial, tokens, width, piece, BLOCK_D: tl.constexpr,
+    p_dh,
+    p_dfinal,
+    p_extra,
+    p_x,
+    p_gate_a,
+    p_gate_x,
+    p_rate,
+    p_resets,
+    p_h,
+    p_initial,
+    p_state,
+    p_transition,
+    p_dx,
+    p_dgate_a,
+    p_dgate_x,
+    p_drate,
+    p_dinitial,
+    tokens,
+    width,
+    piece,
+    BLOCK_D: tl.constexpr,
 ):
     """The gradients of reference.py's `backward`; b_state is the gradient that token t + 1 hands to h_t."""
     o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -184,8 +222,20 @@ def forward(
     with on(x):
         summaries = _summaries(cut, x, gate_a, gate_x, rate, resets)
         _walk_forward[cut.grid](
-            x, gate_a, gate_x, rate, resets, initial, *summaries, h, final,
-            cut.tokens, cut.width, cut.piece, BLOCK_D=cut.block, num_warps=2,
+            x,
+            gate_a,
+            gate_x,
+            rate,
+            resets,
+            initial,
+            *summaries,
+            h,
+            final,
+            cut.tokens,
+            cut.width,
+            cut.piece,
+            BLOCK_D=cut.block,
+            num_warps=2,
         )
     return h, final
 
@@ -222,12 +272,28 @@ def backward(
     state, transition = per_piece(cut, x), per_piece(cut, x)
     with on(x):
         shape = (cut.tokens, cut.width, cut.piece)
-        _summary_reverse[cut.grid](
-            dh, gate_a, rate, resets, state, transition, *shape, BLOCK_D=cut.block, num_warps=2
-        )
+        _summary_reverse[cut.grid](dh, gate_a, rate, resets, state, transition, *shape, BLOCK_D=cut.block, num_warps=2)
         _walk_backward[cut.grid](
-            dh, dfinal, extra, x, gate_a, gate_x, rate, resets, h, initial, state, transition,
-            dx, dgate_a, dgate_x, drate, dinitial, *shape, BLOCK_D=cut.block, num_warps=2,
+            dh,
+            dfinal,
+            extra,
+            x,
+            gate_a,
+            gate_x,
+            rate,
+            resets,
+            h,
+            initial,
+            state,
+            transition,
+            dx,
+            dgate_a,
+            dgate_x,
+            drate,
+            dinitial,
+            *shape,
+            BLOCK_D=cut.block,
+            num_warps=2,
         )
     da_param = drate.sum((0, 1)) * (-DECAY_SCALE * torch.sigmoid(a_param.float()))
     return dx, dgate_a, dgate_x, da_param.to(a_param.dtype), dinitial
@@ -238,7 +304,17 @@ def _summaries(
 ) -> tuple[Tensor, Tensor]:
     state, transition = per_piece(cut, x), per_piece(cut, x)
     _summary[cut.grid](
-        x, gate_a, gate_x, rate, resets, state, transition,
-        cut.tokens, cut.width, cut.piece, BLOCK_D=cut.block, num_warps=2,
+        x,
+        gate_a,
+        gate_x,
+        rate,
+        resets,
+        state,
+        transition,
+        cut.tokens,
+        cut.width,
+        cut.piece,
+        BLOCK_D=cut.block,
+        num_warps=2,
     )
     return state, transition

@@ -167,8 +167,8 @@ def _save_forward(ctx, inputs, output):
 
 
 def _forward_gradients(ctx, dh: Tensor, dfinal: Tensor):
-    *_, initial, _ = ctx.saved_tensors
-    *gradients, dinitial = _backward(dh, dfinal, None, *ctx.saved_tensors, ctx.implementation)
+    *inputs, h, initial, resets = ctx.saved_tensors
+    *gradients, dinitial = _backward(dh, dfinal, None, *inputs, h, initial, resets, ctx.implementation)
     return *gradients, None if initial is None else dinitial, None, None
 
 

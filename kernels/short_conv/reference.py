@@ -42,7 +42,11 @@ def backward(
     batch, tokens, width = x.shape
     taps = weight.shape[1]
     dtype = _compute_dtype(x, weight)
-    grad = _through_activation(dy.to(dtype), activation, x, weight, bias, tail, positions)
+    if activation is None:
+        grad = dy.to(dtype, copy=True)
+    else:
+        before = _preactivation(x, weight, bias, tail, positions)
+        grad = _through_activation(dy.to(dtype), before, activation)
     values, columns = x.to(dtype), weight.to(dtype).t().contiguous()
     dx = grad * columns[-1]
     dtail = dx.new_zeros(batch, taps - 1, width)
@@ -88,14 +92,11 @@ def _preactivation(
     return y
 
 
-def _through_activation(grad: Tensor, activation: str | None, *inputs: Tensor | None) -> Tensor:
-    """The gradient at the pre-activation, which is recomputed from the inputs; always a new tensor."""
-    if activation is None:
-        return grad.clone()
-    pre = _preactivation(*inputs)
+def _through_activation(grad: Tensor, before: Tensor, activation: str) -> Tensor:
+    """The gradient at `before`, the activation's input."""
     if activation == "silu":
-        return torch.ops.aten.silu_backward(grad, pre)
-    return torch.ops.aten.gelu_backward(grad, pre, approximate="tanh")
+        return torch.ops.aten.silu_backward(grad, before)
+    return torch.ops.aten.gelu_backward(grad, before, approximate="tanh")
 
 
 def _contract(grad: Tensor, values: Tensor) -> Tensor:

@@ -24,10 +24,12 @@ class RGLRU(Mixer):
         h_t = a_t h_{t-1} + sqrt(1 - a_t^2) i_t u_t;  h_t = i_t u_t at a document's first token
 
     Initial decays, `decay_init` over `decay_range` [lo, hi]:
-        paper: a^8, the decay of a fully open gate r = 1, is uniform in [lo, hi]: memories of about 10 to 1000 tokens.
-        released: the radius a is uniform over the ring [lo, hi] (a^2 uniform), so a^8 lies in [lo^8, hi^8], which
-            is [0.43, 0.992]: memories about 8 times shorter. What RecurrentGemma was trained from.
-    The default is the paper's: it is the published description and starts with the longer memory.
+        released: the radius a is uniform over the ring [lo, hi] (a^2 uniform). At an open gate, r = 1, the decay a^8
+            lies in [lo^8, hi^8], which is [0.43, 0.992] for [0.9, 0.999]. What RecurrentGemma was trained from.
+        paper: the decay of an open gate, a^8, is uniform in [lo, hi]: memories about 8 times longer, and inputs that
+            sqrt(1 - a^2) makes 2 to 3 times smaller.
+    The default is the released one: after 0.4M bytes of Python source griffin-demo stands at 2.16 bits a byte with it,
+    at 2.60 with the paper's.
     """
 
     def __init__(self, config: ModelConfig, backend: Backend, implementation: str = "auto") -> None:

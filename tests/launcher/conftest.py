@@ -23,7 +23,12 @@ def tiny(corpus, tmp_path):
     """Makes a checked configuration of the tiny preset over the corpus, writing into the test's own folder."""
 
     def make(*overrides: str, run: str = "run") -> Config:
-        fixed = [f"data.corpora=[{corpus}]", f"run.folder={tmp_path / run}", "run.threads=1", "logging.tensorboard=false"]
+        fixed = [
+            f"data.corpora=[{corpus}]",
+            f"run.folder={tmp_path / run}",
+            "run.threads=1",
+            "logging.tensorboard=false",
+        ]
         return check_run(resolve("griffin-tiny", [*fixed, *overrides]))[0]
 
     return make

@@ -9,8 +9,8 @@ import torch
 
 from longscan.errors import ConfigError, UserError
 from longscan.launcher.elastic.supervisor import train
-from longscan.launcher.training import trainer as trainer_module
 from longscan.launcher.run_folder import RunFolder
+from longscan.launcher.training import trainer as trainer_module
 from longscan.parallel import checkpoint
 
 # What differs between two runs that did the same.
@@ -178,7 +178,7 @@ def test_a_full_disk_ends_clearly_and_keeps_the_older_checkpoint(tiny, monkeypat
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("longscan.parallel.checkpoint.save._write_file", full)
+    monkeypatch.setattr("longscan.parallel.checkpoint.storage._write_file", full)
     with pytest.raises(UserError, match="No space left on device.*older checkpoints are intact"):
         train(config)
     monkeypatch.undo()

@@ -31,8 +31,9 @@ from longscan.parallel.checkpoint import (
     step_folder,
     verify,
 )
-from longscan.parallel.checkpoint import save as save_module
+from longscan.parallel.checkpoint import storage as storage_module
 
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 OPTIONS = OptimizerOptions(clip=0.4, weight_decay=0.3)
 META = {"config": {"lr": 0.1}, "cursor": [0, 12], "nothing": None}
 SAVED = {"zero-1": (2, 1), "zero-0": (3, 0)}
@@ -346,9 +347,9 @@ def test_no_space_left_is_told_in_one_sentence(saved, monkeypatch, stage):
         raise OSError(28, "No space left on device")
 
     target = {
-        "open": (save_module, "_blocks"),
-        "finish": (save_module, "write_manifest"),
-        "fsync": (save_module.os, "fsync"),
+        "open": (storage_module, "_blocks"),
+        "finish": (storage_module, "write_manifest"),
+        "fsync": (storage_module.os, "fsync"),
     }
     monkeypatch.setattr(*target[stage], full)
     engine = Engine(TinyModel(), ParallelDims(zero=0), OPTIONS)
@@ -366,11 +367,11 @@ def test_killed_in_the_middle_of_a_save_it_leaves_no_checkpoint(tmp_path):
         sys.path.insert(0, {str(Path(__file__).parent)!r})
         from tiny_model import TinyModel
         from longscan.parallel import Engine, OptimizerOptions, ParallelDims
-        from longscan.parallel.checkpoint import Checkpointer, save
+        from longscan.parallel.checkpoint import Checkpointer, storage
         checkpointer = Checkpointer({str(tmp_path)!r}, Engine(TinyModel(), ParallelDims(zero=0), OptimizerOptions()))
         checkpointer.save(1, {{}})
         checkpointer.wait()
-        save.write_manifest = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        storage.write_manifest = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
         checkpointer.save(2, {{}})
         checkpointer.wait()
     """)

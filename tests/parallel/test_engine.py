@@ -9,7 +9,10 @@ from distributed import run_distributed
 from tiny_model import TinyModel, deal, make_batch, step_batches, train, train_plainly
 
 from longscan.errors import ConfigError
+from longscan.models import LanguageModel
+from longscan.models.config import config_from_mapping, load_preset
 from longscan.parallel import Engine, OptimizerOptions, ParallelDims, loss, process_group
+from longscan.parallel.checkpoint import Checkpointer, load_weights
 
 OPTIONS = OptimizerOptions(clip=0.4, weight_decay=0.3)
 STEPS = range(4)
@@ -187,6 +190,27 @@ def test_evaluation_gives_the_training_loss_and_changes_nothing(zero):
     assert evaluated == engine.forward_backward(step_batches(0), 1)
     assert evaluated.dtype == torch.float64
     engine.close()
+
+
+def test_a_griffin_trains_alike_in_both_stages_and_its_weights_load(tmp_path):
+    mapping = load_preset("griffin-tiny") | {"vocab_size": 64}
+    seen, path = [], None
+    with process_group():
+        for stage in (0, 1):
+            model = LanguageModel(config_from_mapping(mapping))
+            model.init_weights(3)
+            engine = Engine(model, ParallelDims(zero=stage), OPTIONS)
+            seen.append(torch.tensor(train(engine, range(3), 0, 1)))
+            checkpointer = Checkpointer(tmp_path, engine)
+            checkpointer.save(stage, {})
+            path = checkpointer.wait()
+            checkpointer.close()
+            engine.close()
+    torch.testing.assert_close(seen[0], seen[1], rtol=0, atol=2e-5)
+    fresh = LanguageModel(config_from_mapping(mapping))
+    load_weights(path, fresh)
+    for (name, loaded), trained in zip(fresh.named_parameters(), model.parameters(), strict=True):
+        assert torch.equal(loaded, trained), name
 
 
 def test_an_update_needs_a_micro_batch(zero):

@@ -1,0 +1,146 @@
+"""ZeRO stage 0: every replica holds all masters and moments and does the same arithmetic.
+
+Plain torch. DeepSpeed's stage 0 has neither fp32 masters nor fp32 accumulation under bf16, and takes a step with
+whatever gradient norm it finds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..data.batch import Batch
+from .loss import LossModule
+from .optimizer import FlatAdamW, Fragment, OptimizerOptions, make_adamw, parameter_groups
+
+if TYPE_CHECKING:
+    from ..models import LanguageModel
+
+
+class ReplicatedAdamW(FlatAdamW):
+    """Steps the model from whole masters; a norm that is not finite is refused on every rank, without a trace."""
+
+    def __init__(self, model: LanguageModel, options: OptimizerOptions, precision: str, device: torch.device):
+        self._loss = LossModule(model)
+        self._clip = options.clip
+        self._names = {parameter: name for name, parameter in model.named_parameters()}
+        groups = parameter_groups(model, options)
+        self._members = [group["params"] for group in groups]
+        self.masters = [_flat_master(members) for members in self._members]
+        self._grads = [torch.zeros_like(master) for master in self.masters]
+        self._low_precision = precision == "bf16"
+        self._hooks = self._attach()
+        for group, master in zip(groups, self.masters, strict=True):
+            group["params"] = [master]
+        self.optimizer = make_adamw(groups, options)
+        self.create_state()
+
+    def _attach(self) -> list[Any]:
+        """Lays parameters and gradients over the flat buffers; under bf16 gradients are added to them by a hook."""
+        hooks = []
+        for parameter, weight, grad in self._views():
+            if self._low_precision:
+                parameter.data = weight.to(torch.bfloat16)
+                hooks.append(parameter.register_post_accumulate_grad_hook(_move_gradient(grad)))
+            else:
+                parameter.data = weight
+                parameter.grad = grad
+        return hooks
+
+    def _views(self) -> Iterator[tuple[nn.Parameter, Tensor, Tensor]]:
+        """(parameter, its fp32 weight, its fp32 gradient), the last two as views of the flat buffers."""
+        for members, master, grad in zip(self._members, self.masters, self._grads, strict=True):
+            begin = 0
+            for parameter in members:
+                count = parameter.numel()
+                place = slice(begin, begin + count)
+                yield parameter, master[place].view_as(parameter), grad[place].view_as(parameter)
+                begin += count
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Returns the summed loss of `batch`."""
+        return self._loss(batch)
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradients of `loss` to those of this step."""
+        loss.backward()
+
+    @torch.no_grad()
+    def step(self, rate: float) -> float:
+        """Takes the update and returns the global gradient norm before clipping; not finite: nothing but it changed."""
+        self._check_gradients()
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            for grad in self._grads:
+                dist.all_reduce(grad)
+        # In fp32 the sum over a million elements is off by 1e-4 on a CPU.
+        norms = [torch.linalg.vector_norm(grad, dtype=torch.float64) for grad in self._grads]
+        norm = torch.linalg.vector_norm(torch.stack(norms)).item()
+        if math.isfinite(norm):
+            self._apply(rate, norm)
+        self.discard()
+        return norm
+
+    def discard(self) -> None:
+        """Drops the gradients of this step."""
+        for grad in self._grads:
+            grad.zero_()
+
+    def _check_gradients(self) -> None:
+        """Sees that nobody took away the flat buffer's views that fp32 gradients are added to."""
+        if not self._low_precision:
+            for parameter, _, grad in self._views():
+                kept = parameter.grad is not None and parameter.grad.data_ptr() == grad.data_ptr()
+                assert kept, f"the gradient of {self._names[parameter]} was replaced; leave zero_grad to the engine"
+
+    def _apply(self, rate: float, norm: float) -> None:
+        shrink = min(1.0, self._clip / (norm + 1e-6)) if self._clip > 0 else 1.0
+        for master, grad in zip(self.masters, self._grads, strict=True):
+            master.grad = grad if shrink == 1.0 else grad.mul_(shrink)
+        self.set_rate(rate)
+        self.optimizer.step()
+        for master in self.masters:
+            master.grad = None
+        self.publish()
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Rounds the masters into the parameters; fp32 parameters are the masters."""
+        if self._low_precision:
+            for parameter, weight, _ in self._views():
+                parameter.copy_(weight)
+
+    def fragments(self) -> list[Fragment]:
+        """Returns every logical tensor, whole."""
+        found = []
+        for members, master in zip(self._members, self.masters, strict=True):
+            begin = 0
+            for parameter in members:
+                name, count = self._names[parameter], parameter.numel()
+                found += self.fragments_of(master, name, parameter.shape, 0, begin, count)
+                begin += count
+        return found
+
+    def close(self) -> None:
+        """Takes the hooks off the parameters, which keep their values."""
+        for hook in self._hooks:
+            hook.remove()
+        for parameter in self._names:
+            parameter.grad = None
+
+
+def _flat_master(members: list[nn.Parameter]) -> Tensor:
+    return torch.cat([parameter.detach().float().flatten() for parameter in members])
+
+
+def _move_gradient(target: Tensor):
+    def move(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        target.add_(parameter.grad)
+        parameter.grad = None
+
+    return move

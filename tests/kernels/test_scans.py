@@ -1,0 +1,284 @@
+"""linear_scan and rg_lru, reference and kernel, held to a three-line recurrence in float64."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from longscan.kernels import Segments, linear_scan, linear_scan_summarize, rg_lru, rg_lru_summarize
+
+OPS = {"linear_scan": linear_scan, "rg_lru": rg_lru}
+SUMMARIES = {"linear_scan": linear_scan_summarize, "rg_lru": rg_lru_summarize}
+WIDE = {torch.float64: torch.float64}
+
+both_ops = pytest.mark.parametrize("name", OPS)
+both_implementations = pytest.mark.parametrize("implementation", ["reference", "triton"])
+
+
+def make(name: str, batch: int, tokens: int, width: int, dtype=torch.float64, device="cpu", seed=0) -> list[Tensor]:
+    """The op's inputs, initial state last."""
+    rng = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=rng, dtype=torch.float64)
+
+    x, one, two = (draw(batch, tokens, width) for _ in range(3))
+    sequences = [x, -0.3 * one.exp()] if name == "linear_scan" else [x, one, two]
+    vectors = [draw(batch, width)] if name == "linear_scan" else [draw(width), draw(batch, width)]
+    wide = WIDE.get(dtype, torch.float32)
+    inputs = [t.to(device, dtype) for t in sequences] + [t.to(device, wide) for t in vectors]
+    return [t.requires_grad_() for t in inputs]
+
+
+def recurrence(name: str, inputs: list[Tensor], segments: Segments | None) -> tuple[Tensor, Tensor]:
+    """The op as its docstring states it, token by token."""
+    *inputs, h = inputs
+    resets = torch.zeros(inputs[0].shape[:2], dtype=torch.bool) if segments is None else segments.resets.cpu()
+    if name == "linear_scan":
+        u, a = inputs[0], inputs[1].exp()
+        a = a.masked_fill(resets[..., None], 0)
+    else:
+        x, gate_a, gate_x, a_param = inputs
+        a = torch.exp(-8 * torch.sigmoid(gate_a) * torch.nn.functional.softplus(a_param))
+        a = a.masked_fill(resets[..., None], 0)
+        u = torch.sqrt(1 - a**2) * torch.sigmoid(gate_x) * x
+    states = []
+    for t in range(u.shape[1]):
+        h = a[:, t] * h + u[:, t]
+        states.append(h)
+    return torch.stack(states, 1), h
+
+
+def with_gradients(function, inputs: list[Tensor], seed: int = 1) -> list[Tensor]:
+    """Outputs and the gradients of every input for random gradients of every output."""
+    outputs = function(*inputs)
+    rng = torch.Generator().manual_seed(seed)
+    grads = [torch.randn(o.shape, generator=rng, dtype=torch.float64).to(o) for o in outputs]
+    return [o.detach() for o in outputs] + list(torch.autograd.grad(outputs, inputs, grads))
+
+
+def run(name: str, inputs: list[Tensor], segments, implementation: str) -> list[Tensor]:
+    return with_gradients(lambda *a: OPS[name](*a, segments, implementation=implementation), inputs)
+
+
+def run_exact(name: str, inputs: list[Tensor], segments) -> list[Tensor]:
+    wide = [t.detach().cpu().double().requires_grad_() for t in inputs]
+    return with_gradients(lambda *a: recurrence(name, list(a), segments), wide)
+
+
+def error(actual: Tensor, exact: Tensor) -> float:
+    return float((actual.cpu().double() - exact).norm() / exact.norm().clamp(min=1e-30))
+
+
+def assert_within_bar(kernel: list[Tensor], reference: list[Tensor], exact: list[Tensor], dtype: torch.dtype) -> None:
+    """The kernel's error is at most twice the reference's at the same precision, and a rounding of the dtype."""
+    floor = torch.finfo(dtype).eps * (4 if dtype == torch.float32 else 1)
+    for position, (k, r, e) in enumerate(zip(kernel, reference, exact, strict=True)):
+        assert k.dtype == r.dtype
+        assert error(k, e) <= 2 * error(r, e) + floor, (
+            f"output {position}: {error(k, e):.1e}, reference {error(r, e):.1e}"
+        )
+
+
+@both_ops
+@pytest.mark.parametrize("documents", [False, True], ids=["one", "documents"])
+@pytest.mark.parametrize("tokens", [1, 31, 63, 65, 500, 2100])
+def test_reference_is_the_recurrence(name, documents, tokens, random_segments):
+    inputs = make(name, 2, tokens, 3)
+    segments = random_segments(2, tokens, device="cpu") if documents else None
+    for actual, exact in zip(run(name, inputs, segments, "reference"), run_exact(name, inputs, segments), strict=True):
+        torch.testing.assert_close(actual, exact, rtol=1e-9, atol=1e-10)
+
+
+@both_ops
+@pytest.mark.parametrize("documents", [False, True], ids=["one", "documents"])
+def test_gradcheck(name, documents, random_segments):
+    inputs = make(name, 2, 35, 1)
+    segments = random_segments(2, 35, device="cpu") if documents else None
+    assert torch.autograd.gradcheck(lambda *a: OPS[name](*a, segments), inputs)
+    assert torch.autograd.gradcheck(lambda *a: SUMMARIES[name](*a, segments), inputs[:-1])
+
+
+@both_ops
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize(
+    "shape", [(2, 1, 5), (1, 63, 40), (1, 65, 40), (2, 5, 130)], ids=lambda s: "x".join(map(str, s))
+)
+def test_kernel_within_bar(name, dtype, shape, device, random_segments):
+    inputs = make(name, *shape, dtype=dtype, device=device)
+    segments = random_segments(*shape[:2]) if shape[1] > 1 else None
+    kernel, reference = (run(name, inputs, segments, implementation) for implementation in ("triton", "reference"))
+    assert_within_bar(kernel, reference, run_exact(name, inputs, segments), dtype)
+
+
+@both_ops
+def test_kernel_over_many_pieces(name, device, monkeypatch):
+    cut_short(monkeypatch)
+    inputs = make(name, 2, 29, 20, torch.float32, device)
+    segments = Segments.from_lengths([[29], [4, 9, 16]], [3, 0], device)
+    kernel, reference = (run(name, inputs, segments, implementation) for implementation in ("triton", "reference"))
+    assert_within_bar(kernel, reference, run_exact(name, inputs, segments), torch.float32)
+
+
+def test_kernel_at_500_tokens(device):
+    inputs = make("linear_scan", 1, 500, 3, torch.float32, device)
+    kernel, reference = (run("linear_scan", inputs, None, implementation) for implementation in ("triton", "reference"))
+    assert_within_bar(kernel, reference, run_exact("linear_scan", inputs, None), torch.float32)
+
+
+def cut_short(monkeypatch) -> None:
+    """Lets the kernels cut pieces of 4 tokens, so that a short row has several."""
+    from longscan.kernels.linear_scan import kernel
+
+    monkeypatch.setattr(kernel, "SHORTEST_PIECE", 4)
+
+
+@both_ops
+@both_implementations
+@pytest.mark.parametrize("seed", range(2))
+def test_split_invariance(name, implementation, seed, device, random_segments, monkeypatch):
+    """A sequence in three pieces through the state equals the whole, gradients too."""
+    cut_short(monkeypatch)
+    tokens = 97 if implementation == "reference" else 21
+    dtype = torch.float64 if implementation == "reference" else torch.float32
+    segments = random_segments(2, tokens, seed)
+    cuts = sorted(torch.randperm(tokens - 1, generator=torch.Generator().manual_seed(seed))[:2].add(1).tolist())
+    sequences = 2 if name == "linear_scan" else 3
+
+    def whole(*inputs):
+        return OPS[name](*inputs, segments, implementation=implementation)
+
+    def split(*inputs):
+        *shared, state = inputs[sequences:]
+        outputs = []
+        for begin, end in zip([0, *cuts], [*cuts, tokens], strict=True):
+            piece = [t[:, begin:end] for t in inputs[:sequences]]
+            h, state = OPS[name](*piece, *shared, state, segments.split(begin, end), implementation=implementation)
+            outputs.append(h)
+        return torch.cat(outputs, 1), state
+
+    inputs = make(name, 2, tokens, 4, dtype, device)
+    tolerance = 1e-11 if implementation == "reference" else 3e-6
+    for one, many in zip(with_gradients(whole, inputs), with_gradients(split, inputs), strict=True):
+        torch.testing.assert_close(many, one, rtol=tolerance, atol=tolerance)
+
+
+@both_ops
+@both_implementations
+@pytest.mark.parametrize("documents", [False, True], ids=["one", "documents"])
+def test_summary_is_what_the_piece_does(name, implementation, documents, device, monkeypatch):
+    """final == transition * initial + state, as values and as functions of every input."""
+    cut_short(monkeypatch)
+    tokens = 70 if implementation == "reference" else 13
+    dtype = torch.float64 if implementation == "reference" else torch.float32
+    segments = Segments.from_lengths([[tokens], [4, tokens - 4]], [5, 5], device) if documents else None
+    inputs = make(name, 2, tokens, 4, dtype, device)
+
+    def final(*inputs):
+        return OPS[name](*inputs, segments, implementation=implementation)[1:]
+
+    def composed(*inputs):
+        state, transition = SUMMARIES[name](*inputs[:-1], segments, implementation=implementation)
+        assert not documents or (transition[1] == 0).all()
+        return (transition * inputs[-1] + state,)
+
+    tolerance = 1e-11 if implementation == "reference" else 3e-6
+    for one, other in zip(with_gradients(final, inputs), with_gradients(composed, inputs), strict=True):
+        torch.testing.assert_close(other, one, rtol=tolerance, atol=tolerance)
+
+
+@both_ops
+@both_implementations
+def test_no_leaks(name, implementation, device):
+    """A changed token moves no bit before it and none in other documents; gradients mirror that."""
+    tokens, at = 40, 13
+    segments = Segments.from_lengths([[8, 12, 20]], [3], device)
+    inputs = make(name, 1, tokens, 4, torch.float32, device)
+    sequences = 2 if name == "linear_scan" else 3
+    changed = [t.detach().clone().requires_grad_() for t in inputs]
+    with torch.no_grad():
+        for t in changed[:sequences]:
+            t[:, at] *= 1.5
+
+    def outputs_and_gradients(inputs, at=None):
+        h, _ = OPS[name](*inputs, segments, implementation=implementation)
+        grad = torch.ones_like(h)
+        if at is not None:
+            grad[:, at] += 1
+        return h.detach(), torch.autograd.grad(h, inputs[:sequences], grad)
+
+    before, gradients = outputs_and_gradients(inputs)
+    after, _ = outputs_and_gradients(changed)
+    moved = (before != after).any(-1)[0].nonzero().view(-1).tolist()
+    assert moved and min(moved) == at and max(moved) < 20
+    _, others = outputs_and_gradients(inputs, at)
+    for one, other in zip(gradients, others, strict=True):
+        moved = (one != other).any(-1)[0].nonzero().view(-1).tolist()
+        assert moved and min(moved) >= 8 and max(moved) == at
+
+
+@both_ops
+@both_implementations
+def test_same_bits_twice(name, implementation, device, random_segments):
+    inputs = make(name, 2, 35, 4, torch.float32, device)
+    segments = random_segments(2, 35)
+    one, two = (run(name, inputs, segments, implementation) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+@both_implementations
+def test_extreme_decays_stay_finite(implementation, device):
+    x = torch.full((1, 9, 4), 3.0, device=device, requires_grad=True)
+    log_a = torch.tensor([0.0, -1e-7, -80.0, -1e4], device=device).expand(1, 9, 4).clone().requires_grad_()
+    h, final = linear_scan(x, log_a, implementation=implementation)
+    assert torch.equal(h[0, :, 3], x[0, :, 3]) and torch.allclose(h[0, :, 0], 3.0 * torch.arange(1, 10, device=device))
+    assert all(g.isfinite().all() for g in torch.autograd.grad((h.sum(), final.sum()), (x, log_a)))
+
+
+@both_implementations
+def test_square_root_has_a_bounded_derivative(implementation, device):
+    """At a = 1 the normaliser is 0 and its slope is taken as 1000: log_a moves by -2 * 1000 * i x."""
+    wide = {"device": device, "requires_grad": True}
+    x, gate_x = torch.ones(1, 1, 1, **wide), torch.zeros(1, 1, 1, **wide)
+    gate_a = torch.zeros(1, 1, 1, **wide)
+    a_param = torch.full((1,), -40.0, **wide)
+    h, _ = rg_lru(x, gate_a, gate_x, a_param, implementation=implementation)
+    gradient = torch.autograd.grad(h.sum(), a_param)[0]
+    # dlog_a / da_param = -8 r sigmoid(a_param), r = 1/2; i = 1/2.
+    expected = -2 * 1000 * 0.5 * -8 * 0.5 * torch.sigmoid(a_param.detach())
+    torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=0)
+
+
+def test_small_decays_keep_precision(device):
+    """sqrt(1 - a^2) to fp32 precision where a rounds to within 1e-6 of 1."""
+    inputs = [torch.ones(1, 1, 64), torch.zeros(1, 1, 64), torch.zeros(1, 1, 64), torch.linspace(-16, 2, 64)]
+    exact = rg_lru(*(t.double() for t in inputs))[0].to(device)
+    for implementation in ("reference", "triton"):
+        h, _ = rg_lru(*(t.to(device) for t in inputs), implementation=implementation)
+        torch.testing.assert_close(h.double(), exact, rtol=2e-6, atol=0)
+
+
+@both_ops
+def test_strided_inputs(name, device):
+    inputs = make(name, 2, 6, 8, torch.float32, device)
+    strided = [t.detach().repeat_interleave(2, -1)[..., ::2].requires_grad_() for t in inputs]
+    for implementation in ("reference", "triton"):
+        for one, other in zip(
+            run(name, inputs, None, implementation), run(name, strided, None, implementation), strict=True
+        ):
+            torch.testing.assert_close(one, other)
+
+
+def test_bad_arguments_are_named():
+    x = torch.zeros(2, 5, 3)
+    with pytest.raises(ValueError, match=r"log_a has shape \[2, 5, 4\], expected \[2, 5, 3\]"):
+        linear_scan(x, torch.zeros(2, 5, 4))
+    with pytest.raises(TypeError, match=r"x is torch.int64"):
+        linear_scan(x.long(), x)
+    with pytest.raises(ValueError, match=r"initial_state has shape \[3\]"):
+        linear_scan(x, x, torch.zeros(3))
+    with pytest.raises(ValueError, match=r"segments describe 2 rows of 4 tokens, expected 2 of 5"):
+        rg_lru(x, x, x, torch.zeros(3), None, Segments.whole(2, 4))
+    with pytest.raises(ValueError, match=r"a_param has shape \[4\]"):
+        rg_lru(x, x, x, torch.zeros(4))
+    with pytest.raises(ValueError, match=r"x has shape \[2, 0, 3\]"):
+        linear_scan(x[:, :0], x[:, :0])
