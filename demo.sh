@@ -6,7 +6,7 @@ cd "$(dirname "$0")"
 
 corpus=.demo/corpus
 run=.demo/run
-stop_at=${DEMO_STOP_AT:-150}
+stop_at=${DEMO_STOP_AT:-200}
 
 heading() { printf '\n\033[1m%s\033[0m\n' "$*"; }
 show() { printf '\033[36m$ %s\033[0m\n' "$*"; "$@"; }
@@ -15,7 +15,7 @@ started=$SECONDS
 rm -rf .demo
 
 heading "1. Prepare the Python standard library as a corpus"
-show longscan prepare python-stdlib --output $corpus
+show longscan prepare python-stdlib --output $corpus --shard-mib 4
 
 heading "2. Train a small Griffin with two Ray workers, and stop half-way"
 show longscan train griffin-demo "data.corpora=[$corpus]" --run $run --stop-at "$stop_at"
@@ -35,7 +35,7 @@ heading "4. Evaluate on held-out files at lengths it was not trained on"
 show longscan eval extrapolate $run
 
 heading "5. Continue a prompt"
-show longscan generate $run 'def __init__(self, ' --tokens 200 --temperature 0.7
+show longscan generate $run 'def __init__(self, ' --tokens 300 --temperature 0.7
 
 heading "Done in $((SECONDS - started)) s"
 echo "run folder: $run   plot: $run/evals/extrapolation.png   curves: .venv/bin/tensorboard --logdir $run/tensorboard"

@@ -16,25 +16,52 @@ from .streams import ROWS, CorpusStream, Pieces, Remaining, permutation
 
 GROUP = 256
 GROUPS_KEPT = 2
+# The rows of a block are trained in a permuted order: at most this many rows, and about this many positions.
+BLOCK_ROWS, BLOCK_POSITIONS = 4096, 2**25
 
 
 class ConcatRows:
-    """Row k is positions k * seq_len to (k + 1) * seq_len of what the stage found of the stream."""
+    """Row after row of the stream, in an order that is permuted inside blocks of rows.
+
+    Neighbouring rows are parts of the same long document, so that without the permutation a book would fill whole
+    batches. Inside a block an epoch ends before the next begins. A stage that ends inside a block leaves the block's
+    other rows to the next stage.
+    """
 
     def __init__(self, stream: CorpusStream, source: Remaining, seq_len: int, stage: int):
-        self.stream, self.source, self.seq_len = stream, source, seq_len
+        self.stream, self.source, self.seq_len, self.stage = stream, source, seq_len, stage
+        self.block = min(BLOCK_ROWS, max(GROUP, BLOCK_POSITIONS // seq_len))
+        self._order = lru_cache(GROUPS_KEPT)(self._permute)
 
     def row(self, k: int) -> Pieces:
         """The pieces of row k."""
+        return self.in_order(int(self._order(k // self.block)[k % self.block]))
+
+    def in_order(self, k: int) -> Pieces:
+        """The pieces of the k-th row of the stream: positions k * seq_len to (k + 1) * seq_len of what is left."""
         return self.stream.resolve(*self.source.intervals(k * self.seq_len, (k + 1) * self.seq_len))
 
     def after(self, rows: int) -> Remaining:
         """What is left of the stream after `rows` rows."""
-        return self.source.after(rows * self.seq_len)
+        blocks, used = divmod(rows, self.block)
+        if not used:
+            return self.source.after(rows * self.seq_len)
+        unused = np.sort(self._order(blocks)[used:]) * self.seq_len
+        parts = [self.source.intervals(begin, begin + self.seq_len) for begin in unused.tolist()]
+        rest = self.source.after((blocks + 1) * self.block * self.seq_len)
+        begins, ends = (np.concatenate(column) for column in zip(*parts, (rest.begins, rest.ends), strict=True))
+        return Remaining.of(begins, ends, rest.tail)
+
+    def _permute(self, block: int) -> np.ndarray:
+        """The rows of the stream that the block holds, in the order in which they are trained."""
+        order = permutation(self.block, self.stream.seed or 0, ROWS, self.stream.corpus, self.stage, block)
+        rows = block * self.block + order
+        epochs = self.source.at(rows * self.seq_len) // self.stream.total
+        return rows[np.argsort(epochs, kind="stable")]
 
 
 class BestFitRows:
-    """Each group of 256 rows holds the positions that `ConcatRows` would give it, dealt to rows by best-fit decreasing.
+    """Each group of 256 rows holds the next positions of the stream, dealt to rows by best-fit decreasing.
 
     The rows of a group are permuted, since best-fit leaves the long documents in the first ones. A stage that ends
     inside a group leaves the pieces of the group's other rows to the next stage.
@@ -189,8 +216,8 @@ class PackingReport:
 
 def compare_packings(stream: CorpusStream, source: Remaining, seq_len: int, stage: int = 0) -> list[PackingReport]:
     """What each packing would do to the first group of rows."""
-    reports = []
-    for name, packing in PACKINGS.items():
-        rows = packing(stream, source, seq_len, stage)
-        reports.append(PackingReport.of(name, [rows.row(k) for k in range(GROUP)], seq_len))
-    return reports
+    rows = {
+        "concat": map(ConcatRows(stream, source, seq_len, stage).in_order, range(GROUP)),
+        "best_fit": map(BestFitRows(stream, source, seq_len, stage).row, range(GROUP)),
+    }
+    return [PackingReport.of(name, list(found), seq_len) for name, found in rows.items()]

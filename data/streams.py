@@ -147,6 +147,11 @@ class Remaining:
             begins, ends = np.append(begins, max(begin, offsets[-1]) + shift), np.append(ends, end + shift)
         return begins, ends
 
+    def at(self, positions: np.ndarray) -> np.ndarray:
+        """The positions of the stream at which positions of what is left lie."""
+        part = np.searchsorted(self.offsets[1:], positions, "right")
+        return np.append(self.begins, self.tail)[part] + positions - self.offsets[part]
+
     def after(self, position: int) -> Remaining:
         """What is left from `position` on."""
         last = int(self.offsets[-1])

@@ -22,7 +22,9 @@ ROOT = Path(__file__).resolve().parent.parent
 def pip(*arguments: str, capture: bool = False) -> str:
     """Runs pip with `arguments`; returns what it printed when `capture` is set."""
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", *arguments]
-    done = subprocess.run(command, cwd=ROOT, text=True, stdout=subprocess.PIPE if capture else None)
+    # setuptools warns at length about a package whose root is the repository, which is meant.
+    environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE if capture else None)
     if done.returncode:
         sys.exit(f"error: pip {' '.join(arguments[:3])} ... failed; its message is above.")
     return done.stdout or ""

@@ -160,7 +160,7 @@ class Trainer:
             {
                 "kind": "note",
                 "text": f"{parameters:,} parameters, {self.schedule.total_steps} steps, {tokens:,} tokens "
-                f"({epochs} epochs), {self.place.world} workers on {self.device.type}, {self.engine.precision}, "
+                f"({epochs} epochs), workers: {self.place.world} on {self.device.type}, {self.engine.precision}, "
                 f"ZeRO-{self.dims.zero}",
             }
         )

@@ -89,14 +89,36 @@ def test_rows_and_what_is_left_are_the_stream(stream, packing, rows):
     assert np.array_equal(everything, np.arange(horizon))
 
 
+def test_concat_trains_the_rows_of_a_block_in_another_order(stream):
+    rows = ConcatRows(stream, Remaining.all(), 12, 0)
+    first = [rows.row(k).position[0] for k in range(rows.block)]
+    assert sorted(first) == [12 * k for k in range(rows.block)] and first != sorted(first)
+    epochs = np.array(first) // stream.total
+    assert epochs[-1] >= 1 and (np.diff(epochs) >= 0).all(), "an epoch ends before the next begins"
+    inside = np.array(first)[epochs == 0]
+    assert (np.abs(np.diff(inside)) > 12).mean() > 0.8, "neighbours of the stream are torn apart"
+
+
+@pytest.mark.parametrize("used", [1, 100, 255, 256, 300])
+def test_concat_leaves_exactly_the_rows_it_did_not_use(stream, used):
+    rows = ConcatRows(stream, Remaining.all(), 2**18, 0)
+    assert rows.block == GROUP
+    rows = ConcatRows(stream, Remaining.all(), 12, 0)
+    rows.block = GROUP
+    taken = np.concatenate([positions(rows.row(k)) for k in range(used)])
+    left = ConcatRows(stream, rows.after(used), 12, 1)
+    rest = np.concatenate([positions(left.in_order(k)) for k in range(2 * GROUP - used)])
+    assert np.array_equal(np.sort(np.concatenate([taken, rest])), np.arange(2 * GROUP * 12))
+
+
 def test_leftovers_come_first_and_in_stream_order(stream):
     first = BestFitRows(stream, Remaining.all(), 12, 0)
     left = first.after(100)
     unused = np.sort(np.concatenate([positions(first.row(k)) for k in range(100, GROUP)]))
     second = ConcatRows(stream, left, 12, 1)
-    taken = np.concatenate([positions(second.row(k)) for k in range(GROUP - 100)])
+    taken = np.concatenate([positions(second.in_order(k)) for k in range(GROUP - 100)])
     assert np.array_equal(taken, unused)
-    assert positions(second.row(GROUP - 100))[0] == GROUP * 12
+    assert positions(second.in_order(GROUP - 100))[0] == GROUP * 12
 
 
 @settings(max_examples=100)

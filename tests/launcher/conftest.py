@@ -29,6 +29,8 @@ def tiny(corpus, tmp_path):
             "run.threads=1",
             "logging.tensorboard=false",
         ]
-        return check_run(resolve("griffin-tiny", [*fixed, *overrides]))[0]
+        return check_run(resolve("griffin-tiny", [*fixed, "run.device=cpu", "logging.tensorboard=false", *overrides]))[
+            0
+        ]
 
     return make

@@ -29,7 +29,15 @@ def losses(folder) -> list[float]:
 
 def start(config_overrides: list[str], folder: Path) -> subprocess.Popen:
     """The command line in a process of its own, as a user or a scheduler runs it."""
-    command = [sys.executable, "-m", "longscan.launcher.cli", "train", "griffin-tiny", *config_overrides]
+    command = [
+        sys.executable,
+        "-m",
+        "longscan.launcher.cli",
+        "train",
+        "griffin-tiny",
+        "run.device=cpu",
+        *config_overrides,
+    ]
     return subprocess.Popen([*command, "--run", str(folder)], stderr=subprocess.PIPE, text=True)
 
 

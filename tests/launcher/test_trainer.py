@@ -34,7 +34,7 @@ def whole(corpus, tmp_path_factory):
     from longscan.launcher.validate import check_run
 
     folder = tmp_path_factory.mktemp("whole") / "run"
-    overrides = [f"data.corpora=[{corpus}]", f"run.folder={folder}", "run.threads=1", "logging.tensorboard=false"]
+    overrides = [f"data.corpora=[{corpus}]", f"run.folder={folder}", "run.threads=1", "run.device=cpu"]
     outcome = train(check_run(resolve("griffin-tiny", overrides))[0])
     assert outcome.status == "finished"
     return folder
