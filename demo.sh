@@ -9,7 +9,14 @@ run=.demo/run
 stop_at=${DEMO_STOP_AT:-200}
 
 heading() { printf '\n\033[1m%s\033[0m\n' "$*"; }
-show() { printf '\033[36m$ %s\033[0m\n' "$*"; "$@"; }
+show() {
+  local word line=
+  for word in "$@"; do
+    case $word in *[\ \(]*) line+=" '$word'" ;; *) line+=" $word" ;; esac
+  done
+  printf '\033[36m$%s\033[0m\n' "$line"
+  "$@"
+}
 
 started=$SECONDS
 rm -rf .demo
