@@ -152,6 +152,8 @@ class Trainer:
 
     def _introduce(self) -> None:
         """Says what is about to be trained."""
+        if not self.is_first:
+            return
         parameters = sum(p.numel() for p in self.engine.model.parameters())
         tokens = sum(stage.rows_before(stage.steps) * stage.seq_len for stage in self.schedule.stages)
         end = Cursor(len(self.config.stages) - 1, self.schedule.stage_rows()[-1])
@@ -164,6 +166,9 @@ class Trainer:
                 f"ZeRO-{self.dims.zero}",
             }
         )
+        for number, stage in enumerate(self.plan.stages):
+            chosen = (report for report in self.plan.packing_reports(number) if report.packing == stage.packing)
+            self.report({"kind": "note", "text": f"rows of {stage.seq_len}, {next(chosen)}"})
 
     # The loop
 

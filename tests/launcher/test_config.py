@@ -246,9 +246,9 @@ def test_a_world_that_does_not_divide_is_refused(overrides, workers, message):
 
 def test_how_many_workers():
     assert worker_count(demo("run.workers=3")) == 3
-    assert worker_count(demo("parallel.data=4")) == 4
+    assert worker_count(demo("run.workers=0", "parallel.data=4")) == 4
     assert worker_count(demo("run.launcher=inline")) == 1
-    assert worker_count(demo("run.device=cpu")) == 1
+    assert worker_count(demo("run.workers=0", "run.device=cpu")) == 1
     assert replica_size(demo("parallel.tensor=2", "parallel.context=3")) == 6
 
 
