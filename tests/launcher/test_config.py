@@ -247,13 +247,15 @@ def test_a_world_that_does_not_divide_is_refused(overrides, workers, message):
 def test_how_many_workers():
     assert worker_count(demo("run.workers=3")) == 3
     assert worker_count(demo("run.workers=0", "parallel.data=4")) == 4
-    assert worker_count(demo("run.launcher=inline")) == 1
+    assert worker_count(demo("run.workers=0", "run.launcher=inline")) == 1
     assert worker_count(demo("run.workers=0", "run.device=cpu")) == 1
     assert replica_size(demo("parallel.tensor=2", "parallel.context=3")) == 6
 
 
 def test_micro_rows_of_a_stage():
-    config = demo("stages=[{seq_len: 512, tokens: 1M}, {seq_len: 4096, tokens: 1M, micro_rows: 1}]")
+    config = demo(
+        "batch.micro_rows=8", "stages=[{seq_len: 512, tokens: 1M}, {seq_len: 4096, tokens: 1M, micro_rows: 1}]"
+    )
     assert [stage_micro_rows(config, stage) for stage in config.stages] == [8, 1]
 
 
