@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .cache import ShardCache
-from .index import Corpus, ShardInfo, Split, TokenizerInfo, open_corpus
+from .index import Corpus, ShardInfo, Split, TokenizerInfo, is_url, open_corpus
 from .packing import PACKINGS, PackingReport
 from .prepare import PrepareReport, prepare_corpus
 from .row_plan import Cursor, DataPlan, Row, Stage
@@ -56,6 +56,7 @@ __all__ = [
     "TokenizerInfo",
     "corpus_tokenizer",
     "documents",
+    "is_url",
     "load_tokenizer",
     "open_corpus",
     "prepare_corpus",

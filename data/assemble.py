@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from ..durable import sync, sync_folder, write_durably
 from ..errors import UserError
-from .durable import sync, sync_folder, write_durably
 from .index import MANIFEST, Corpus, ShardInfo, Split
 from .sources import Skipped
 from .tokenizer import TOKENIZER_FILE

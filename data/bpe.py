@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from ..durable import write_durably
 from ..errors import ConfigError
-from .durable import write_durably
 from .sources import ALL_FILES, Document, Skipped, cut, find_files, read_slice
 from .units import Unit, split_position
 

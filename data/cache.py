@@ -36,7 +36,8 @@ class ShardCache:
     """Opens the files of corpora; those behind URLs are kept in `directory`, least recently used out first.
 
     Attributes:
-        directory: a folder of this node, needed only for URLs. Several processes may share it.
+        directory: a folder of this node (`~` is the user's home), needed only for URLs. Several processes may share
+            it.
         max_bytes: how much the folder may hold. Files that some process has open are never evicted.
         verify: "size" checks the size of a local shard when it is opened; "checksum" reads it once more for its
             sha256. Whatever came through a URL is always checked by both.
@@ -53,6 +54,8 @@ class ShardCache:
     def __post_init__(self):
         if self.verify not in ("size", "checksum"):
             raise ConfigError(f"verify is {self.verify!r}; use size or checksum.")
+        if self.directory is not None:
+            object.__setattr__(self, "directory", Path(self.directory).expanduser())
 
     def open(self, corpus: Corpus, name: str, size: int | None, sha256: str) -> BinaryIO:
         """Returns file `name` of the corpus, whole and open for reading.
@@ -101,7 +104,12 @@ class ShardCache:
             )
         final = Path(self.directory) / corpus.fingerprint / name
         part = final.with_name(final.name + ".part")
-        final.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            final.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"cannot write to the cache {self.directory}: {error.strerror}; name another folder for it."
+            ) from error
         while True:
             if file := self._open_shared(final):
                 return file

@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..durable import write_durably
 from ..errors import ConfigError, UserError
 from .assemble import PLAN, Plan, assemble
 from .bpe import SMALLEST_BPE, sample_texts, train_byte_level_bpe
-from .durable import write_durably
 from .index import MANIFEST, WORK_FOLDER, Corpus, Split, TokenizerInfo, open_corpus
 from .sources import ALL_FILES, STDLIB, cut, find_files
 from .tokenizer import BYTES, TOKENIZER_FILE, describe_tokenizer, load_tokenizer, read_tokenizer_file

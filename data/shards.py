@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ..durable import sync
 from ..errors import UserError
-from .durable import sync
 from .index import DOCUMENT, ShardInfo
 
 # Tokens a block aims at; a longer document is a block alone. At 1 MiB tar's headers and padding cost 0.3%.

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..durable import sync, sync_folder, write_durably
 from ..errors import UserError
-from .durable import sync, sync_folder, write_durably
 from .index import ShardInfo, TokenizerInfo
 from .shards import SplitWriter, read_documents
 from .sources import LARGEST_DOCUMENT, Document, Skipped, Slice, read_slice

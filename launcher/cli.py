@@ -117,7 +117,7 @@ def prepare(
         pattern=pattern,
         heldout=heldout,
         workers=workers,
-        shard_bytes=int(shard_mib * 2**20),
+        shard_mib=shard_mib,
         bos=bos,
         eos=eos,
     )
@@ -211,8 +211,9 @@ def generate(
 
     text = sys.stdin.read() if prompt == "-" else prompt
     trained = open_trained(run, device)
+    pieces = trained.sample(text, tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
     sys.stdout.write(text)
-    for piece in trained.sample(text, tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed):
+    for piece in pieces:
         sys.stdout.write(piece)
         sys.stdout.flush()
     sys.stdout.write("\n")

@@ -26,6 +26,7 @@ from ..models.config import ModelConfig
 from .schema import Key, fit, keys_of, option
 
 PRESETS = Path(__file__).parent / "presets"
+DEVICES = ("auto", "cpu", "cuda")
 
 
 @dataclass
@@ -139,7 +140,7 @@ class RunConfig:
     seed: int = option(0, "seed of the initial weights", at_least=0)
     launcher: str = option("ray", "ray: one process a worker; inline: this process alone", choices=("ray", "inline"))
     workers: int = option(0, "workers (0: one a GPU, or one where there is none)", at_least=0)
-    device: str = option("auto", "auto: GPUs where there are any", choices=("auto", "cpu", "cuda"))
+    device: str = option("auto", "auto: GPUs where there are any", choices=DEVICES)
     threads: int = option(0, "CPU threads a worker (0: the cores shared among the workers)", at_least=0)
     deterministic: bool = option(False, "bit-for-bit repeatable; refuses what cannot be")
     implementation: str = option("auto", "kernels", choices=("auto", "reference", "triton"))

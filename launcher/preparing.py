@@ -12,6 +12,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 
 from ..data import PrepareReport, prepare_corpus
+from ..errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -40,12 +41,18 @@ class Summary:
         console.print(f"{corpus.location} {done} ({corpus.tokenizer.kind} tokenizer)", markup=False, soft_wrap=True)
 
 
-def prepare_with_progress(sources: Sequence[str], output: Path, **options: Any) -> Summary:
+def prepare_with_progress(sources: Sequence[str], output: Path, shard_mib: float, **options: Any) -> Summary:
     """What `prepare_corpus` made of the sources, with a bar on standard error while it works."""
+    if not 0 < shard_mib < 2**20:
+        raise ConfigError(f"--shard-mib is {shard_mib}; give the size of a shard in MiB, say 64.")
     columns = (TextColumn("preparing"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("preparing", total=None)
         report = prepare_corpus(
-            sources, output, progress=lambda done, total: bar.update(task, completed=done, total=total), **options
+            sources,
+            output,
+            shard_bytes=int(shard_mib * 2**20),
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            **options,
         )
     return Summary(report)

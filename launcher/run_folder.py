@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..durable import sync, sync_folder
 from ..errors import ConfigError, UserError
 
 LOCK = ".lock"
@@ -41,7 +42,7 @@ class JsonLines:
         record = {key: None if _not_finite(value) else value for key, value in record.items()}
         line = json.dumps(record, allow_nan=False, separators=(",", ":")).encode() + b"\n"
         created = not self.path.exists()
-        handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        handle = _open_or_say(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
         try:
             size = os.fstat(handle).st_size
             if size and os.pread(handle, 1, size - 1) != b"\n":
@@ -179,7 +180,7 @@ class RunFolder:
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Holds the folder for this process; refuses while another holds it, naming its pid."""
-        handle = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        handle = _open_or_say(self.path / LOCK, os.O_RDWR | os.O_CREAT)
         try:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -200,6 +201,14 @@ class RunFolder:
         return first + sorted(later, key=lambda file: int(file.stem[7:]))
 
 
+def _open_or_say(path: Path, flags: int) -> int:
+    """The file descriptor of `path`; UserError where it may not be written."""
+    try:
+        return os.open(path, flags, 0o644)
+    except OSError as error:
+        raise UserError(f"cannot write to {path}: {error.strerror}; give a run folder you may write.") from error
+
+
 def _not_finite(value: Any) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
 
@@ -210,8 +219,7 @@ def write_new(path: Path, text: str) -> Path:
     try:
         with temporary.open("w", encoding="utf-8") as file:
             file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+            sync(file)
         os.link(temporary, path)
         sync_folder(path.parent)
     except OSError as error:
@@ -219,12 +227,3 @@ def write_new(path: Path, text: str) -> Path:
     finally:
         temporary.unlink(missing_ok=True)
     return path
-
-
-def sync_folder(path: Path) -> None:
-    """Returns once the folder's entries are on disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -48,6 +48,10 @@ class TrainedModel:
     ) -> Iterator[str]:
         """Yields the text that continues `prompt`, piece by piece, ending where the model ends the document."""
         info = self.tokenizer.info
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise ConfigError(f"the prompt is not UTF-8 (character {error.start}); give text.") from error
         ids = [info.bos_id, *self.tokenizer.encode(prompt).tolist()]
         sampled = generate_tokens(
             self.model,
@@ -69,13 +73,15 @@ def open_trained(path: Path, device: str = "auto", corpus: str | None = None) ->
     A run folder gives its newest checkpoint that verifies. Weights are fp32 on a CPU, in the run's precision on a GPU.
     """
     folder, chosen = find_checkpoint(Path(path))
-    config = from_mapping(checkpoints.read_manifest(chosen).meta["config"])
+    meta = checkpoints.read_manifest(chosen).meta
+    config = from_mapping(meta["config"])
     opened = open_corpus(corpus or config.data.corpora[0].path)
     tokenizer = corpus_tokenizer(opened)
-    if tokenizer.info.vocab_size > config.model.vocab_size:
+    if tokenizer.info.fingerprint != meta["tokenizer"]:
         raise ConfigError(
-            f"{opened.location} has a tokenizer of {tokenizer.info.vocab_size} tokens, but the model of {folder.path} "
-            f"knows {config.model.vocab_size}; name the corpus it was trained on, or one prepared with its tokenizer."
+            f"{opened.location} was prepared with tokenizer {tokenizer.info.fingerprint}, but the model of "
+            f"{folder.path} was trained with {meta['tokenizer']}; name the corpus it was trained on, or one prepared "
+            "with its tokenizer."
         )
     where = choose_device(device)
     dtype = torch.bfloat16 if where.type == "cuda" and config.precision != "fp32" else torch.float32

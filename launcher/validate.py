@@ -7,8 +7,10 @@ every problem is told at once, with the values.
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from ..errors import ConfigError
@@ -23,12 +25,29 @@ SKIPPED = re.compile(r"(\d+):(\d+)-(\d+)")
 
 
 def check_run(config: Config, workers: int | None = None) -> tuple[Config, list[Corpus]]:
-    """The configuration with vocabulary and workers filled in, and its opened corpora, once they passed every rule."""
+    """The configuration with vocabulary, workers and whole paths filled in, and its corpora, once all passed the rules.
+
+    Paths are made absolute because a cluster's workers start in another folder, and evaluations in any.
+    """
     workers = worker_count(config) if workers is None else workers
     validate(config, workers)
+    config = _with_whole_paths(config)
     corpora = open_corpora(config)
     config = with_vocabulary(config, corpora[0].tokenizer.vocab_size)
     return dataclasses.replace(config, run=dataclasses.replace(config.run, workers=workers)), corpora
+
+
+def _with_whole_paths(config: Config) -> Config:
+    """The configuration with local corpora named by absolute paths; URLs stay."""
+    from ..data import is_url
+
+    entries = [
+        entry
+        if is_url(entry.path)
+        else dataclasses.replace(entry, path=os.path.abspath(os.path.expanduser(entry.path)))
+        for entry in config.data.corpora
+    ]
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, corpora=entries))
 
 
 def validate(config: Config, workers: int | None = None) -> None:
@@ -190,6 +209,10 @@ def _dims_problems(config: Config, data: int) -> Iterator[str]:
 
 
 def _run_problems(config: Config) -> Iterator[str]:
+    if config.logging.wandb and find_spec("wandb") is None:
+        yield f"logging.wandb is {config.logging.wandb} and wandb is not installed: pip install 'longscan[wandb]'"
+    if config.run.implementation == "triton" and config.run.device == "cpu":
+        yield "run.implementation is triton and run.device is cpu; Triton needs a GPU, take auto or reference"
     ratio = config.run.max_loss_ratio
     if 0 < ratio <= 1:
         yield f"run.max_loss_ratio is {ratio}; it must be above 1, or 0 to switch it off"

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Generator, Tensor
 
-from ..errors import UserError
+from ..errors import ConfigError, UserError
 from .language_model import LanguageModel
 
 
-@torch.no_grad()
 def generate(
     model: LanguageModel,
     prompt_tokens: Sequence[int],
@@ -25,7 +26,7 @@ def generate(
     vocab_size: int | None = None,
     chunk: int = 2048,
 ) -> Iterator[int]:
-    """Yields up to `max_new_tokens` token ids that continue the prompt; ends before `stop_id`.
+    """Up to `max_new_tokens` token ids that continue the prompt, one at a time; ends before `stop_id`.
 
     Args:
         model: in the dtype and on the device to sample with.
@@ -38,13 +39,29 @@ def generate(
         stop_id: the token that ends the text, usually the tokenizer's eos id.
         vocab_size: the tokenizer's size where the model's is rounded up; ids above it are never drawn.
         chunk: tokens of the prompt read at once.
+
+    Raises:
+        UserError: a value above makes no sense; at the call, before the first token is asked for.
     """
-    _check(model, prompt_tokens, temperature, top_k, top_p)
+    _check(model, prompt_tokens, temperature, top_k, top_p, seed)
+    draw = partial(sample, temperature=temperature, top_k=top_k, top_p=top_p, generator=Generator().manual_seed(seed))
+    return _continue(model, prompt_tokens, max_new_tokens, draw, stop_id, vocab_size, chunk)
+
+
+@torch.no_grad()
+def _continue(
+    model: LanguageModel,
+    prompt_tokens: Sequence[int],
+    max_new_tokens: int,
+    draw: Callable[[Tensor], int],
+    stop_id: int | None,
+    vocab_size: int | None,
+    chunk: int,
+) -> Iterator[int]:
     device = model.get_parameter("embedding.weight").device
-    generator = Generator().manual_seed(seed)
     logits, carry = model.prefill(torch.tensor([list(prompt_tokens)], device=device), chunk=chunk)
     for _ in range(max_new_tokens):
-        token = sample(logits[0, :vocab_size].float().cpu(), temperature, top_k, top_p, generator)
+        token = draw(logits[0, :vocab_size].float().cpu())
         if token == stop_id:
             return
         yield token
@@ -63,13 +80,17 @@ def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, generat
     return int(order[torch.multinomial(probabilities, 1, generator=generator)])
 
 
-def _check(model: LanguageModel, prompt: Sequence[int], temperature: float, top_k: int, top_p: float) -> None:
+def _check(
+    model: LanguageModel, prompt: Sequence[int], temperature: float, top_k: int, top_p: float, seed: int
+) -> None:
     if not prompt:
         raise UserError("the prompt holds no token; begin it with the tokenizer's bos id")
     if min(prompt) < 0 or max(prompt) >= model.config.vocab_size:
         worst = min(prompt) if min(prompt) < 0 else max(prompt)
         raise UserError(f"prompt token {worst} is outside the model's vocabulary of {model.config.vocab_size}")
-    if temperature < 0:
-        raise UserError(f"temperature={temperature} must be 0 (greedy) or above")
+    if not 0 <= temperature < math.inf:
+        raise ConfigError(f"temperature={temperature} must be 0 (greedy) or above")
+    if not 0 <= seed < 2**63:
+        raise ConfigError(f"seed={seed} must be a whole number from 0 to 2^63 - 1")
     if top_k < 0 or not 0 < top_p <= 1:
-        raise UserError(f"top_k={top_k} must be 0 or above and top_p={top_p} above 0 and at most 1")
+        raise ConfigError(f"top_k={top_k} must be 0 or above and top_p={top_p} above 0 and at most 1")

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("kernels", "models", "data", "parallel", "launcher")
 
-# Which folders each folder may import. `errors` and the version are open to all.
+# Which folders each folder may import. `errors`, `durable` and the version are open to all.
 ALLOWED = {
     "kernels": set(),
     "data": set(),

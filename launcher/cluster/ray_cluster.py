@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ LOOPBACK = "127.0.0.1"
 # 25% at 512 tokens a row and half its time at 32K.
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
 ANSWER_SECONDS = 60.0
+CONNECT_SECONDS = 10.0
 OBJECT_STORE_BYTES = 128 * 2**20
 
 
@@ -41,6 +43,7 @@ class RayCluster:
         import ray
 
         address = os.environ.get("RAY_ADDRESS")
+        _check_reachable(address)
         quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
         try:
             if address:
@@ -56,8 +59,9 @@ class RayCluster:
                 )
         except (ConnectionError, ValueError, RuntimeError) as error:
             where = f"the Ray cluster at RAY_ADDRESS={address}" if address else "a local Ray"
+            hint = "A cluster that asks for a token needs RAY_AUTH_MODE=token here; " if address else ""
             raise UserError(
-                f"cannot reach {where}: {_first_line(error)}. `longscan doctor` shows what is running."
+                f"cannot reach {where}: {_first_line(error)}. {hint}`longscan doctor` shows what is running."
             ) from error
         self._check_resources(ray.cluster_resources(), address)
         return self
@@ -134,6 +138,20 @@ class RayCluster:
             return ray.get(call(), timeout=ANSWER_SECONDS)
         except RayError:
             return default
+
+
+def _check_reachable(address: str | None) -> None:
+    """Raises UserError at once where nothing listens at a `host:port`; Ray itself would try for minutes."""
+    host, _, port = (address or "").rpartition(":")
+    if not host or "/" in host or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise UserError(
+            f"cannot reach the Ray cluster at RAY_ADDRESS={address}: {error}. Start it with `ray start --head`, or "
+            "unset RAY_ADDRESS to train on this machine alone."
+        ) from error
 
 
 def worker_environment(config: Config, workers: int) -> dict[str, str]:

@@ -20,6 +20,7 @@ from ..config import Config, differences, load, to_yaml
 from ..run_folder import RunFolder
 from ..trained import find_checkpoint
 from ..training.progress import Progress
+from ..training.resumption import check_resumes
 
 POLL_SECONDS = 0.2
 # How long after a first failure others are waited for: the rank that died is named, not the peer that noticed.
@@ -46,17 +47,15 @@ def train(config: Config, *, fresh: bool = False, init_from: str | None = None, 
     Raises:
         UserError: the run failed; the message says where and how to go on.
     """
-    weights = str(find_checkpoint(Path(init_from))[1]) if init_from else None
+    weights = _first_weights(RunFolder(Path(config.run.folder)), init_from)
     folder = RunFolder.create(config.run.folder, fresh=fresh)
     with folder.lock():
-        if weights and list_steps(folder.checkpoints):
-            raise ConfigError(
-                f"{folder.path} already holds checkpoints, so --init-from would be ignored. "
-                "Name a new run folder with --run, or leave --init-from out to resume."
-            )
+        check_resumes(config, folder)
         changes = differences(load(folder.config_file), config) if folder.exists else []
         folder.save_config(to_yaml(config))
         incarnation = 1 + max((event["incarnation"] for event in folder.events.read()), default=0)
+        if init_from and weights:
+            _event(folder, "initialized", incarnation, init_from=str(Path(init_from).resolve()))
         with StopSignals() as signals, Progress() as progress:
             if changes:
                 progress.show({"kind": "note", "text": "changed since the last start: " + "; ".join(changes)})
@@ -64,6 +63,22 @@ def train(config: Config, *, fresh: bool = False, init_from: str | None = None, 
             status = launch(config, folder, incarnation, weights, stop_at, signals, progress)
         _event(folder, "ended", incarnation, status=status)
         return Outcome(status, folder.path)
+
+
+def _first_weights(folder: RunFolder, init_from: str | None) -> str | None:
+    """The checkpoint whose weights begin the run; None where the run goes on from checkpoints of its own."""
+    if not init_from:
+        return None
+    if not list_steps(folder.checkpoints):
+        return str(find_checkpoint(Path(init_from))[1])
+    begun = next((event["init_from"] for event in folder.events.read() if "init_from" in event), None)
+    if begun != str(Path(init_from).resolve()):
+        raise ConfigError(
+            f"{folder.path} already holds checkpoints and was begun with {begun or 'weights of its own'}, so "
+            f"--init-from {init_from} would be ignored. Name a new run folder with --run, or leave --init-from out to "
+            "resume."
+        )
+    return None
 
 
 def _event(folder: RunFolder, kind: str, incarnation: int, **fields: Any) -> None:

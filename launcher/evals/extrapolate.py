@@ -16,16 +16,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ...data import ShardCache
 from ...errors import ConfigError
 from ...kernels import Segments
 from ...models import LanguageModel
 from ...models.config import num_params
 from ..schema import count_of
 from ..trained import TrainedModel, open_trained
+from ..training.rows import make_cache
 from .baselines import score_baselines
 from .heldout import HeldoutText, choose_text
-from .report import Bucket, Extrapolation, LengthScore, save
+from .report import Bucket, Extrapolation, LengthScore, results_folder, save
 
 # Tokens of one forward pass (at least one row), and logits held at once: they bound the memory.
 TOKENS_AT_ONCE = 8192
@@ -48,9 +48,12 @@ def evaluate(
     """
     wanted = parse_lengths(lengths)
     budget = count_of(tokens, "--tokens")
+    if budget < 1:
+        raise ConfigError(f"--tokens is {tokens}; give how many held-out tokens to score, say 64Ki.")
     trained = open_trained(run, device, corpus)
+    target = results_folder(output or trained.folder.evals)
     result = extrapolate(trained, wanted, budget)
-    return result, save(result, output or trained.folder.evals)
+    return result, save(result, target)
 
 
 def parse_lengths(text: str) -> list[int]:
@@ -66,8 +69,7 @@ def parse_lengths(text: str) -> list[int]:
 
 def extrapolate(trained: TrainedModel, lengths: list[int], tokens: int) -> Extrapolation:
     """The scores at each length and of the baselines, on about `tokens` tokens of held-out text."""
-    data = trained.config.data
-    cache = ShardCache(data.cache or Path.home() / ".cache" / "longscan", int(data.cache_gib * 2**30))
+    cache = make_cache(trained.config)
     text = choose_text(trained.corpus, trained.tokenizer, lengths[-1], tokens, cache)
     return Extrapolation(
         run=str(trained.folder.path),

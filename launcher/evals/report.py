@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ...errors import ConfigError
 from ..run_folder import write_new
 
 INK, MODEL, LATE, BASELINE = "#333333", "#1f5fa8", "#7fa8d6", "#8a8a8a"
@@ -79,9 +81,20 @@ class Extrapolation:
         return f"{self.text_bytes:,.0f} bytes of held-out text, {Path(self.run).name} at step {self.step:,}"
 
 
+def results_folder(folder: Path) -> Path:
+    """`folder`, made if it is not there; ConfigError where results cannot be written, said before any is computed."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write results into {folder}: {error.strerror}; name another folder with --output."
+        ) from error
+
+
 def save(result: Extrapolation, folder: Path) -> list[Path]:
     """Writes extrapolation.json and .png, or -2, -3, ... where those exist; returns both paths."""
-    folder.mkdir(parents=True, exist_ok=True)
     number, stem = 1, "extrapolation"
     while (folder / f"{stem}.json").exists() or (folder / f"{stem}.png").exists():
         number += 1

@@ -7,13 +7,15 @@ import os
 import torch
 
 from ...errors import ConfigError
-from ..config import Config
+from ..config import DEVICES, Config
 
 
 def choose_device(name: str) -> torch.device:
     """The device of this process; Ray shows each worker its own GPU as number 0."""
+    if name not in DEVICES:
+        raise ConfigError(f"the device is {name!r}; it must be one of {', '.join(DEVICES)}.")
     if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("run.device is cuda and PyTorch sees no GPU here; `longscan doctor` says why.")
+        raise ConfigError("the device is cuda and PyTorch sees no GPU here; `longscan doctor` says why.")
     use_gpu = name != "cpu" and torch.cuda.is_available()
     return torch.device("cuda", 0) if use_gpu else torch.device("cpu")
 

@@ -5,8 +5,9 @@ Going on means: the next row is the row that follows, for the same tokenizer. Ev
 
 from __future__ import annotations
 
+import contextlib
 import platform
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,40 @@ import torch
 
 from ... import __version__
 from ...data import Corpus, Cursor, DataPlan
-from ...errors import ConfigError
+from ...errors import ConfigError, UserError
 from ...parallel import ParallelDims
-from ..config import Config
+from ...parallel.checkpoint import list_steps, read_manifest, step_folder
+from ..config import Config, differences, from_mapping
+from ..run_folder import RunFolder
+from ..validate import open_corpora, worker_count
+from .rows import make_plan
 from .schedule import Step, TrainingSchedule
+
+
+def check_resumes(config: Config, folder: RunFolder) -> None:
+    """Raises ConfigError where the run's newest readable checkpoint is not one that `config` goes on from.
+
+    Reads manifests and tables only, so that a run is refused before anything is written or started; whether the bytes
+    are whole is found out by who loads them.
+    """
+    for step in reversed(list_steps(folder.checkpoints)):
+        path = step_folder(folder.checkpoints, step)
+        with contextlib.suppress(UserError):
+            meta = read_manifest(path).meta
+            break
+    else:
+        return
+    corpora, schedule = open_corpora(config), TrainingSchedule(config)
+    dims = ParallelDims(**{**asdict(config.parallel), "data": worker_count(config)})
+    resumption = Resumption(config, corpora[0], make_plan(config, corpora, schedule), schedule, dims)
+    resumption.check_tokenizer(str(path), meta)
+    then = from_mapping(meta["config"])
+    if changes := differences(then, replace(then, model=config.model)):
+        raise ConfigError(
+            f"checkpoint {path} is of another model: {'; '.join(changes)}. Undo that to resume, or begin a new run "
+            "with --run."
+        )
+    resumption.check(path, meta)
 
 
 class Resumption:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 
 from ...data import Corpus, DataPlan, HeldoutRows, ShardCache, Stage
 from ...parallel import Engine
@@ -61,9 +62,8 @@ class Validation:
         if seq_len not in self._held:
             self._held[seq_len] = [HeldoutRows(corpus, seq_len, cache=self._cache) for corpus in self._corpora]
         held = self._held[seq_len]
-        total = min(self.rows, sum(map(len, held)))
-        places = [(rows, number) for number in range(max(map(len, held))) for rows in held if number < len(rows)]
-        batches = [rows.read([number]) for rows, number in places[:total][replica::replicas]]
+        places = ((rows, number) for number in range(max(map(len, held))) for rows in held if number < len(rows))
+        batches = [rows.read([number]) for rows, number in islice(places, replica, self.rows, replicas)]
         loss, tokens, text_bytes = engine.sum(
             engine.evaluate(batches), sum(b.valid_tokens for b in batches), sum(b.text_bytes for b in batches)
         )

@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 
 from ..config import Config, ScheduleConfig
 
@@ -61,7 +63,12 @@ class StageSteps:
 
     def rows_before(self, index: int) -> int:
         """Rows of the stage's steps before `index`."""
-        return sum(self.ramp[:index]) + max(0, index - len(self.ramp)) * self.rows
+        within = min(index, len(self.ramp))
+        return self._ramped[within] + (index - within) * self.rows
+
+    @cached_property
+    def _ramped(self) -> list[int]:
+        return list(accumulate(self.ramp, initial=0))
 
 
 class TrainingSchedule:
@@ -100,9 +107,9 @@ class TrainingSchedule:
             number, index, stage.seq_len, stage.rows_before(within), stage.rows_of(within), stage.micro_rows, lr
         )
 
-    def steps(self, after: int) -> Iterator[Step]:
-        """The steps that follow step `after` (0: all of them)."""
-        return (self.step(number) for number in range(after + 1, self.total_steps + 1))
+    def steps(self, after: int, last: int | None = None) -> Iterator[Step]:
+        """The steps that follow step `after` (0: from the first) up to `last` (None: the last of all)."""
+        return (self.step(number) for number in range(after + 1, (last or self.total_steps) + 1))
 
 
 def _ramped(config: Config, step: int) -> int:

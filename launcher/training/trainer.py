@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ...data import Batch, Corpus, Cursor, RowLoader
+from ...errors import UserError
 from ...models import LanguageModel, flops_per_token
 from ...parallel import Engine, OptimizerOptions, ParallelDims, process_group
 from ...parallel.checkpoint import Checkpointer, load_weights, rng_state, set_rng_state
@@ -137,8 +138,13 @@ class Trainer:
         path, warnings = self.saver.find_latest()
         for warning in warnings:
             self.report({"kind": "warning", "text": warning})
+        if path is None and warnings:
+            raise UserError(
+                f"no checkpoint in {self.folder.checkpoints} can be read: {warnings[0]}. Mend the disk, begin a new "
+                "run with --run, or remove them to train this one from the start."
+            )
+        self._introduce()
         if path is None:
-            self._introduce()
             return
         meta = self.saver.load(path).meta
         cursor = self.resumption.check(path, meta)
@@ -178,11 +184,17 @@ class Trainer:
         if begin >= self.schedule.total_steps:
             self.report({"kind": "note", "text": "every step is trained already"})
             return "finished"
-        steps = [self.schedule.step(number) for number in range(begin + 1, stop_at + 1)]
-        wanted = ((step.stage, rows) for step in steps for rows in step.micro_batches(self.place.rank, self.dims.data))
+        if begin >= stop_at:
+            self.report({"kind": "note", "text": f"step {stop_at} is trained already; this run stands at {begin}"})
+            return "stopped"
+        wanted = (
+            (step.stage, rows)
+            for step in self.schedule.steps(begin, stop_at)
+            for rows in step.micro_batches(self.place.rank, self.dims.data)
+        )
         self.meter.restart()
         with self.loader.prefetch(wanted, depth=PREFETCH) as batches:
-            for step in steps:
+            for step in self.schedule.steps(begin, stop_at):
                 mine = [next(batches) for _ in step.micro_batches(self.place.rank, self.dims.data)]
                 sums = self._step(step, mine)
                 self._record(step, sums)
@@ -190,8 +202,8 @@ class Trainer:
                 self._validate(step, ending)
                 self._save(step, ending)
                 if ending:
-                    break
-        return "finished" if step.number == self.schedule.total_steps else "stopped"
+                    return "finished" if step.number == self.schedule.total_steps else "stopped"
+        raise AssertionError("the last step ends the run")
 
     def _step(self, step: Step, batches: list[Batch]) -> Sums:
         """One update of the weights from one step's rows."""

@@ -10,8 +10,9 @@ import shutil
 import uuid
 from pathlib import Path
 
+from ...durable import sync_folder
 from ...errors import UserError
-from .manifest import fsync_folder, verify
+from .manifest import verify
 
 _STEP = re.compile(r"step-(\d+)")
 _UNFINISHED = re.compile(r"step-\d+\.tmp-[0-9a-f]+")
@@ -59,7 +60,7 @@ def publish(unfinished: Path, folder: Path, step: int) -> Path:
     if path.exists():
         path.rename(aside)
     unfinished.rename(path)
-    fsync_folder(folder)
+    sync_folder(folder)
     shutil.rmtree(aside, ignore_errors=True)
     return path
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from ...durable import sync, sync_folder
 from ...errors import UserError
 from .boxes import Box
 
@@ -88,9 +89,8 @@ def write_manifest(manifest: Manifest, folder: Path) -> None:
     text = _canonical(_to_json(manifest))
     with open(folder / MANIFEST, "x", encoding="utf-8") as file:
         file.write(f'{{"checksum":{zlib.crc32(text.encode())},"manifest":{text}}}\n')
-        file.flush()
-        os.fsync(file.fileno())
-    fsync_folder(folder)
+        sync(file)
+    sync_folder(folder)
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -158,15 +158,6 @@ def _check_size(path: Path, expected: int) -> None:
         raise UserError(f"cannot read {path}: {error.strerror}; use an older checkpoint") from error
     if found != expected:
         raise UserError(f"{path} is damaged: it has {found} bytes, {expected} were written; use an older checkpoint")
-
-
-def fsync_folder(folder: Path) -> None:
-    """Makes the names in `folder` durable."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _canonical(body: Any) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from longscan.data import DataPlan, RowLoader, ShardCache, Stage, row_digest
+from longscan.data import Corpus, DataPlan, RowLoader, ShardCache, Stage, TokenizerInfo, row_digest
 from longscan.data.cache import SplitFiles
 from longscan.errors import ConfigError, UserError
 
@@ -264,3 +264,12 @@ def test_tokens_are_mapped_not_copied(corpus):
     files = SplitFiles(corpus, "train")
     assert not files.table(0).flags.owndata and not files.table(0).flags.writeable
     assert np.frombuffer(files.data(0), np.uint8).base is not None
+
+
+def test_the_home_folder_is_found_and_a_cache_that_cannot_be_made_is_said(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert ShardCache("~/cache").directory == tmp_path / "cache"
+    (tmp_path / "cache").write_text("a file")
+    corpus = Corpus("pipe:cat /nowhere/{}", TokenizerInfo("bytes", None, 257, 256, 256, "bytes"), "uint8", {})
+    with pytest.raises(UserError, match="cannot write to the cache .*cache"):
+        ShardCache("~/cache").open(corpus, "a.tar", 1, "")

@@ -76,11 +76,12 @@ def test_version(longscan):
         (["train", "griffin-tiny", "lr=3"], "error: unknown key lr; did you mean optimizer.lr?"),
         (["train", "griffin-tinny"], "did you mean griffin-tiny?"),
         (["train", "griffin-tiny"], "data.corpora is empty"),
-        (["train", "griffin-tiny", "data.corpora=nowhere"], "no corpus at nowhere"),
+        (["train", "griffin-tiny", "data.corpora=nowhere"], "nowhere; check the path, or make it with"),
         (["config"], "name a configuration"),
         (["config", "griffin-tiny", "nonsense"], "'nonsense' is not an override"),
         (["prepare", "/nowhere/at/all", "-o", "OUT"], "/nowhere/at/all"),
         (["prepare", "python-stdlib"], "Missing option"),
+        (["prepare", "/", "-o", "OUT", "--shard-mib", "nan"], "--shard-mib is nan"),
         (["eval", "extrapolate", "nowhere"], "nowhere does not exist"),
         (["generate", "nowhere", "x"], "nowhere does not exist"),
     ],
@@ -169,8 +170,14 @@ def test_generate_continues_the_prompt_and_repeats_itself(trained, longscan, mon
     assert first.startswith("word12 ")
     assert longscan("generate", trained, "word12 ", "--tokens", "12", "--seed", "3")[1] == first
     code, _, err = longscan("generate", trained, "x", "--temperature", "-1")
-    assert code in (1, 2)
+    assert code == 2
     assert "temperature" in err
+    code, out, err = longscan("generate", trained, "a\udcff")
+    assert (code, out) == (2, "")
+    assert "the prompt is not UTF-8" in err
+    code, _, err = longscan("generate", trained, "x", "--device", "gpu")
+    assert code == 2
+    assert "'gpu'; it must be one of auto, cpu, cuda" in err
 
 
 def test_extrapolate_writes_its_results_beside_the_table(trained, longscan):
@@ -188,6 +195,20 @@ def test_extrapolate_writes_its_results_beside_the_table(trained, longscan):
     code, _, err = longscan("eval", "extrapolate", trained, "--lengths", "48,64")
     assert code == 2
     assert "48, which does not divide the longest, 64" in err
+    code, _, err = longscan("eval", "extrapolate", trained, *options, "--output", trained / "config.yaml")
+    assert code == 2
+    assert "cannot write results into" in err
+    code, _, err = longscan("eval", "extrapolate", trained, "--lengths", "64", "--tokens", "0")
+    assert code == 2
+
+
+def test_a_corpus_of_another_tokenizer_is_refused(trained, longscan, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("some words " * 200)
+    assert longscan("prepare", text, "-o", tmp_path / "bpe", "--train-bpe", "270")[0] == 0
+    code, _, err = longscan("eval", "extrapolate", trained, "--lengths", "64", "--corpus", tmp_path / "bpe")
+    assert code == 2
+    assert "was trained with bytes" in err
 
 
 def test_a_real_process_ends_in_one_sentence_and_the_right_code(tmp_path):

@@ -272,6 +272,12 @@ def test_check_run_opens_the_corpora_and_fills_in_what_they_say(corpus):
     assert (config.model.vocab_size, config.run.workers, len(corpora)) == (320, 1, 1)
 
 
+def test_corpora_are_named_from_the_root_whatever_folder_workers_start_in(corpus, monkeypatch):
+    monkeypatch.chdir(corpus.parent)
+    config, _ = check_run(resolve("griffin-tiny", [f"data.corpora={corpus.name}", "run.device=cpu"]))
+    assert [entry.path for entry in config.data.corpora] == [str(corpus)]
+
+
 def test_corpora_of_other_tokenizers_missing_or_too_short_are_refused(corpus, tmp_path):
     import json
     import shutil

@@ -16,7 +16,7 @@ from longscan.kernels import Segments
 from longscan.launcher.evals import baselines
 from longscan.launcher.evals.extrapolate import bucket_bounds, parse_lengths, score, token_nats
 from longscan.launcher.evals.heldout import HeldoutText, choose_text
-from longscan.launcher.evals.report import Bucket, Extrapolation, LengthScore, plot, save
+from longscan.launcher.evals.report import Bucket, Extrapolation, LengthScore, plot, results_folder, save
 from longscan.launcher.trained import decode_stream
 from longscan.models import LanguageModel, config_from_mapping, load_preset
 
@@ -202,7 +202,7 @@ def result() -> Extrapolation:
 
 
 def test_results_are_added_never_replaced(tmp_path):
-    names = [[file.name for file in save(result(), tmp_path / "evals")] for _ in range(2)]
+    names = [[file.name for file in save(result(), results_folder(tmp_path / "evals"))] for _ in range(2)]
     assert names == [
         ["extrapolation.json", "extrapolation.png"],
         ["extrapolation-2.json", "extrapolation-2.png"],

@@ -148,3 +148,15 @@ def test_one_process_at_a_time_and_a_killed_one_leaves_no_lock(folder):
         holder.wait()
     with folder.lock():
         pass
+
+
+@pytest.mark.parametrize(
+    "act", [lambda folder: folder.ledger.append({"step": 1}), lambda folder: folder.lock().__enter__()]
+)
+def test_a_folder_that_may_not_be_written_is_said(folder, act, monkeypatch):
+    def refuse(path, *_):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(UserError, match="cannot write to .*: Permission denied"):
+        act(folder)

@@ -112,6 +112,22 @@ def test_a_finished_run_says_so(whole, corpus, capsys):
     assert "trained already" in capsys.readouterr().err
 
 
+def test_stopping_at_a_step_that_is_past_trains_nothing(tiny, capsys):
+    train(tiny(), stop_at=4)
+    assert train(tiny(), stop_at=2).status == "stopped"
+    assert "step 2 is trained already; this run stands at 4" in capsys.readouterr().err
+    assert len(lines(tiny().run.folder, "ledger")) == 4
+
+
+def test_a_run_none_of_whose_checkpoints_is_whole_is_not_begun_again(tiny):
+    train(tiny(), stop_at=2)
+    damaged = Path(tiny().run.folder) / "checkpoints" / "step-2" / "rank-00000.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    with pytest.raises(UserError, match="no checkpoint in .* can be read: .*remove them to train this one"):
+        train(tiny())
+    assert len(lines(tiny().run.folder, "ledger")) == 2 and damaged.exists()
+
+
 def test_fresh_refuses_an_existing_run(whole):
     from longscan.launcher.config import load
 
@@ -125,8 +141,9 @@ def test_training_longer_resumes_and_other_rows_are_refused(tiny):
         train(tiny("data.seed=1"))
     with pytest.raises(ConfigError, match="row 160 of stage 0 after step 10; with this batch size it would be row 320"):
         train(tiny("batch.tokens=2048"))
-    with pytest.raises(UserError, match="of another model"):
+    with pytest.raises(ConfigError, match="of another model: model.layers: 3 -> 6"):
         train(tiny("model.layers=6"))
+    assert [file.name for file in Path(tiny().run.folder).glob("config*.yaml")] == ["config.yaml"]
     assert train(tiny("stages.0.tokens=24576")).status == "finished"
     assert len(lines(tiny().run.folder, "ledger")) == 24
 
@@ -137,8 +154,10 @@ def test_init_from_takes_the_weights_and_nothing_else(whole, tiny):
     first = lines(config.run.folder, "metrics")[0]
     assert first["loss"] < lines(whole, "metrics")[10]["loss"]
     assert first["step"] == 1 and lines(config.run.folder, "ledger")[0]["rows"] == [0, 16]
-    with pytest.raises(ConfigError, match="--init-from would be ignored"):
-        train(config, init_from=str(whole))
+    assert train(config, init_from=str(whole), stop_at=2).status == "stopped"
+    assert [record["rows"] for record in lines(config.run.folder, "ledger")] == [[0, 16], [16, 32]]
+    with pytest.raises(ConfigError, match="would be ignored"):
+        train(config, init_from=str(whole / "checkpoints" / "step-20"))
 
 
 def test_two_stages_continue_one_stream(tiny):
@@ -190,6 +209,18 @@ def test_a_full_disk_ends_clearly_and_keeps_the_older_checkpoint(tiny, monkeypat
 def test_deterministic_mode_refuses_what_it_cannot_honour(tiny):
     with pytest.raises(ConfigError, match=r"run\.threads"):
         train(tiny("run.deterministic=true", "run.threads=0"))
+
+
+def test_a_run_says_what_it_trains_and_what_packing_does(tiny, capsys):
+    train(tiny("data.packing=best_fit"), stop_at=1)
+    shown = capsys.readouterr().err
+    assert "53,920 parameters, 20 steps" in shown
+    assert "rows of 64, best_fit: 100.0% of positions are useful" in shown
+
+
+def test_an_implementation_that_cannot_run_is_refused(tiny):
+    with pytest.raises(ConfigError, match="Triton needs a GPU"):
+        tiny("run.implementation=triton")
 
 
 def test_deterministic_mode_runs(tiny, whole):

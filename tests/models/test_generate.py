@@ -65,6 +65,10 @@ def test_temperature_reshapes_the_distribution():
         ([], {}, "holds no token"),
         ([50], {}, "token 50 is outside the model's vocabulary of 50"),
         ([1], {"temperature": -1.0}, "temperature=-1.0"),
+        ([1], {"temperature": float("nan")}, "temperature=nan"),
+        ([1], {"temperature": float("inf")}, "temperature=inf"),
+        ([1], {"seed": -1}, "seed=-1"),
+        ([1], {"seed": 2**64}, "seed=18446744073709551616"),
         ([1], {"top_p": 0.0}, "top_p=0.0"),
         ([1], {"top_k": -1}, "top_k=-1"),
     ],
@@ -72,4 +76,4 @@ def test_temperature_reshapes_the_distribution():
 )
 def test_bad_requests_are_refused(make_model, prompt, options, words):
     with pytest.raises(UserError, match=words):
-        next(generate(make_model(torch.float32), prompt, 5, **options))
+        generate(make_model(torch.float32), prompt, 5, **options)
