@@ -35,6 +35,17 @@ class Outcome:
     folder: Path
 
 
+@dataclass(frozen=True)
+class Attempt:
+    """One incarnation of a run: what is trained and where, from which checkpoint's weights, and until which step."""
+
+    config: Config
+    folder: RunFolder
+    incarnation: int
+    weights: str | None
+    stop_at: int | None
+
+
 def train(config: Config, *, fresh: bool = False, init_from: str | None = None, stop_at: int | None = None) -> Outcome:
     """Runs or resumes the training that `config` describes.
 
@@ -60,7 +71,7 @@ def train(config: Config, *, fresh: bool = False, init_from: str | None = None, 
             if changes:
                 progress.show({"kind": "note", "text": "changed since the last start: " + "; ".join(changes)})
             launch = _train_inline if config.run.launcher == "inline" else _train_on_ray
-            status = launch(config, folder, incarnation, weights, stop_at, signals, progress)
+            status = launch(Attempt(config, folder, incarnation, weights, stop_at), signals, progress)
         _event(folder, "ended", incarnation, status=status)
         return Outcome(status, folder.path)
 
@@ -112,53 +123,35 @@ class StopSignals:
         self.requested.set()
 
 
-def _train_inline(
-    config: Config,
-    folder: RunFolder,
-    incarnation: int,
-    init_from: str | None,
-    stop_at: int | None,
-    signals: StopSignals,
-    progress: Progress,
-) -> str:
+def _train_inline(attempt: Attempt, signals: StopSignals, progress: Progress) -> str:
     """The same trainer in this process, for debuggers and profilers."""
     from ..training.trainer import Place, Trainer
 
     workers = [{"rank": 0, "host": socket.gethostname(), "pid": os.getpid()}]
-    _event(folder, "formed", incarnation, workers=workers)
-    place = Place(rank=0, world=1, incarnation=incarnation, address="")
-    trainer = Trainer(config, str(folder.path), place, progress.show, signals.requested)
-    return trainer.run(init_from=init_from, stop_at=stop_at)
+    _event(attempt.folder, "formed", attempt.incarnation, workers=workers)
+    place = Place(rank=0, world=1, incarnation=attempt.incarnation, address="")
+    trainer = Trainer(attempt.config, str(attempt.folder.path), place, progress.show, signals.requested)
+    return trainer.run(init_from=attempt.weights, stop_at=attempt.stop_at)
 
 
-def _train_on_ray(
-    config: Config,
-    folder: RunFolder,
-    incarnation: int,
-    init_from: str | None,
-    stop_at: int | None,
-    signals: StopSignals,
-    progress: Progress,
-) -> str:
+def _train_on_ray(attempt: Attempt, signals: StopSignals, progress: Progress) -> str:
     """One Ray actor a rank."""
     from ..cluster.ray_cluster import RayCluster
 
     began = time.monotonic()
-    with RayCluster(config) as cluster:
+    with RayCluster(attempt.config) as cluster:
         signals.take_over()
-        workers, places = cluster.form(folder.path, incarnation)
+        workers, places = cluster.form(attempt.folder.path, attempt.incarnation)
         seconds = round(time.monotonic() - began, 3)
-        _event(folder, "formed", incarnation, workers=places, seconds=seconds)
-        return _watch(cluster, workers, places, incarnation, init_from, stop_at, signals, progress)
+        _event(attempt.folder, "formed", attempt.incarnation, workers=places, seconds=seconds)
+        return _watch(cluster, workers, places, attempt, signals, progress)
 
 
 def _watch(
     cluster: Any,
     workers: list[Any],
     places: list[dict[str, Any]],
-    incarnation: int,
-    init_from: str | None,
-    stop_at: int | None,
+    attempt: Attempt,
     signals: StopSignals,
     progress: Progress,
 ) -> str:
@@ -167,7 +160,7 @@ def _watch(
 
     address = f"{places[0]['address']}:{places[0]['port']}"
     runs = [
-        worker.train.remote(Place(rank, len(workers), incarnation, address), init_from, stop_at)
+        worker.train.remote(Place(rank, len(workers), attempt.incarnation, address), attempt.weights, attempt.stop_at)
         for rank, worker in enumerate(workers)
     ]
     stop_sent = False
