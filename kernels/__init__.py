@@ -5,17 +5,25 @@ the state, tail or keys left of it and its Segments, the result is the one the w
 """
 
 from .attention import attention
+from .cross_entropy import linear_cross_entropy, loss_from_pieces, vocabulary_pieces
 from .linear_scan import linear_scan, linear_scan_summarize
 from .rg_lru import rg_lru, rg_lru_summarize
 from .segments import Segments
 from .short_conv import short_conv
+from .taylor_attention import taylor_attention, taylor_attention_step, taylor_attention_summarize
 
 __all__ = [
     "Segments",
     "attention",
+    "linear_cross_entropy",
     "linear_scan",
     "linear_scan_summarize",
+    "loss_from_pieces",
     "rg_lru",
     "rg_lru_summarize",
     "short_conv",
+    "taylor_attention",
+    "taylor_attention_step",
+    "taylor_attention_summarize",
+    "vocabulary_pieces",
 ]

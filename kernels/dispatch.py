@@ -13,12 +13,26 @@ import os
 
 import torch
 
+from ..errors import ConfigError
+
 logger = logging.getLogger(__name__)
 
 _HALF_AND_SINGLE = frozenset({torch.float32, torch.float16, torch.bfloat16})
 # The dtypes each op's Triton kernel takes; an op that is not listed has none.
-KERNELS = {"linear_scan": _HALF_AND_SINGLE, "rg_lru": _HALF_AND_SINGLE}
+KERNELS = {
+    "attention": _HALF_AND_SINGLE,
+    "cross_entropy": _HALF_AND_SINGLE,
+    "linear_scan": _HALF_AND_SINGLE,
+    "rg_lru": _HALF_AND_SINGLE,
+    "taylor_attention": _HALF_AND_SINGLE,
+}
 IMPLEMENTATIONS = ("auto", "reference", "triton")
+# Looked up here: torch.compile traces `resolve` and not every release of it can trace the lookup.
+_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+
+
+class CannotRun(ConfigError, ValueError):
+    """The implementation that was asked for cannot run here; a wrong argument for a caller, a setting for a user."""
 
 
 def resolve(implementation: str, op: str, device: torch.device, dtype: torch.dtype) -> str:
@@ -38,7 +52,7 @@ def resolve(implementation: str, op: str, device: torch.device, dtype: torch.dty
     if chosen == "triton":
         reason = _why_not_triton(op, device.type, dtype)
         if reason:
-            raise ValueError(f"{op}: implementation='triton' cannot run: {reason}")
+            raise CannotRun(f"{op}: implementation='triton' cannot run: {reason}")
     if not torch.compiler.is_compiling():
         _log(op, device.type, dtype, implementation, chosen)
     return chosen
@@ -49,16 +63,11 @@ def _why_not_triton(op: str, device_type: str, dtype: torch.dtype) -> str | None
         return "this op has no Triton kernel"
     if dtype not in KERNELS[op]:
         return f"its kernel has no {dtype}"
-    if not _triton_installed():
+    if not _TRITON_INSTALLED:
         return "triton is not installed"
     if device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"the inputs are on {device_type}; it needs CUDA, or TRITON_INTERPRET=1 set before Python starts"
     return None
-
-
-@functools.cache
-def _triton_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 @functools.cache

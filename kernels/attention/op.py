@@ -1,10 +1,12 @@
-"""attention as a differentiable op: checks, dispatch, autograd. The maths is in reference.py.
+"""attention as a differentiable op: checks, dispatch, autograd. The maths is in reference.py and kernel.py.
 
 Each pass is one custom operator, opaque to torch.compile and to activation checkpointing. Saved for the backward
 pass: the inputs, y and the log-sum-exp of the scores.
 """
 
 from __future__ import annotations
+
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -13,6 +15,9 @@ from ..checks import check_segments, check_tensor
 from ..dispatch import resolve
 from ..segments import Segments
 from . import reference
+
+# A block of a wider head exceeds a Hopper GPU's shared memory.
+MOST_HEAD_DIM = 256
 
 
 def attention(
@@ -24,15 +29,17 @@ def attention(
     window: int | None = None,
     key_offset: int = 0,
     scale: float | None = None,
+    alibi_slopes: Tensor | None = None,
     implementation: str = "auto",
 ) -> Tensor:
     """y [B, T, H, V] of causal softmax attention, whole or windowed, differentiable in q, k and v.
 
-        y_i = sum_j softmax_j(scale q_i . k_j) v_j   over keys at positions p_j = j + key_offset with
+        y_i = sum_j softmax_j(scale q_i . k_j - slope (i - p_j)) v_j   over keys at positions p_j = j + key_offset with
         doc_start_i <= p_j <= i  and  i - p_j < window
 
     A query that keeps no key gives 0. Multi-query and grouped-query attention: query head h reads key head
-    h // (H / Hkv). The local attention of Griffin, arXiv 2402.19427, section 2.3.
+    h // (H / Hkv). The local attention of Griffin, arXiv 2402.19427, section 2.3; the linear biases of ALiBi, arXiv
+    2108.12409.
 
     Args:
         q: [B, T, H, K].
@@ -41,17 +48,28 @@ def attention(
         segments: documents of the queries' piece; None for one run of tokens that continues to the left.
         window: keys a query keeps, itself among them; None for all.
         key_offset: position of the first key in the queries' piece: minus the halo's length.
-        scale: factor of the scores; None for 1 / sqrt(K).
+        scale: factor of the scores, above 0; None for 1 / sqrt(K).
+        alibi_slopes: fp32 [H], what a head's score loses per token of distance; None for no bias. A constant: no
+            gradient passes.
         implementation: "auto", "reference" or "triton".
     """
-    _check(q, k, v, segments, window, key_offset)
-    resolve(implementation, "attention", q.device, q.dtype)
+    if scale is None:
+        scale = float(q.shape[3] ** -0.5)
+    _check(q, k, v, segments, window, key_offset, scale, alibi_slopes)
     doc_start = None if segments is None else segments.doc_start.view(q.shape[0], q.shape[1])
-    scale = q.shape[3] ** -0.5 if scale is None else scale
-    return _forward(q, k, v, doc_start, window, key_offset, scale)[0]
+    return _forward(q, k, v, doc_start, alibi_slopes, window, key_offset, scale, implementation)[0]
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, segments: Segments | None, window: int | None, key_offset: int) -> None:
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segments: Segments | None,
+    window: int | None,
+    key_offset: int,
+    scale: float,
+    alibi_slopes: Tensor | None,
+) -> None:
     check_tensor("q", q, (None, None, None, None))
     check_tensor("k", k, (q.shape[0], None, None, q.shape[3]), q)
     check_tensor("v", v, (*k.shape[:3], None), q)
@@ -63,14 +81,42 @@ def _check(q: Tensor, k: Tensor, v: Tensor, segments: Segments | None, window: i
         raise ValueError(f"window={window}, expected at least 1 (the token itself) or None")
     if key_offset > 0:
         raise ValueError(f"key_offset={key_offset}, expected minus the number of keys left of the piece")
+    if not scale > 0:
+        raise ValueError(f"scale={scale}, expected a number above 0")
+    if alibi_slopes is not None:
+        check_tensor("alibi_slopes", alibi_slopes, (q.shape[2],), q)
+        if alibi_slopes.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"alibi_slopes is {alibi_slopes.dtype}, expected torch.float32")
     check_segments(segments, q)
+
+
+def _module(implementation: str, q: Tensor, v: Tensor) -> ModuleType:
+    """reference.py or kernel.py, which hold the same functions."""
+    if resolve(implementation, "attention", q.device, q.dtype) == "reference":
+        return reference
+    widest = max(q.shape[3], v.shape[3])
+    if widest > MOST_HEAD_DIM:
+        raise ValueError(
+            f"head dim {widest}: the Triton kernel takes at most {MOST_HEAD_DIM}; implementation='reference' takes any"
+        )
+    from . import kernel
+
+    return kernel
 
 
 @torch.library.custom_op("longscan::attention", mutates_args=())
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None, window: int | None, key_offset: int, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    doc_start: Tensor | None,
+    slopes: Tensor | None,
+    window: int | None,
+    key_offset: int,
+    scale: float,
+    implementation: str,
 ) -> tuple[Tensor, Tensor]:
-    return reference.forward(q, k, v, doc_start, window, key_offset, scale)
+    return _module(implementation, q, v).forward(q, k, v, doc_start, slopes, window, key_offset, scale)
 
 
 @torch.library.custom_op("longscan::attention_backward", mutates_args=())
@@ -82,32 +128,33 @@ def _backward(
     y: Tensor,
     lse: Tensor,
     doc_start: Tensor | None,
+    slopes: Tensor | None,
     window: int | None,
     key_offset: int,
     scale: float,
+    implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return reference.backward(dy, q, k, v, y, lse, doc_start, window, key_offset, scale)
+    run = _module(implementation, q, v).backward
+    return run(dy, q, k, v, y, lse, doc_start, slopes, window, key_offset, scale)
 
 
 @_forward.register_fake
-def _(q, k, v, doc_start, window, key_offset, scale):
-    batch, tokens, heads, _ = q.shape
-    lse = q.new_empty((batch, k.shape[2], heads // k.shape[2], tokens), dtype=reference.compute_dtype(q))
-    return q.new_empty((batch, tokens, heads, v.shape[3])), lse
+def _(q, k, v, doc_start, slopes, window, key_offset, scale, implementation):
+    return q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3], dtype=reference.compute_dtype(q))
 
 
 @_backward.register_fake
-def _(dy, q, k, v, y, lse, doc_start, window, key_offset, scale):
+def _(dy, q, k, v, y, lse, doc_start, slopes, window, key_offset, scale, implementation):
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
 
 
 def _save(ctx, inputs, output):
-    q, k, v, doc_start, *ctx.options = inputs
-    ctx.save_for_backward(q, k, v, *output, doc_start)
+    q, k, v, doc_start, slopes, *ctx.options = inputs
+    ctx.save_for_backward(q, k, v, *output, doc_start, slopes)
 
 
 def _gradients(ctx, dy: Tensor, _):
-    return *_backward(dy, *ctx.saved_tensors, *ctx.options), None, None, None, None
+    return *_backward(dy, *ctx.saved_tensors, *ctx.options), *[None] * 6
 
 
 _forward.register_autograd(_gradients, setup_context=_save)

@@ -23,16 +23,23 @@ LOG2_E = math.log2(math.e)
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None, window: int | None, key_offset: int, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    doc_start: Tensor | None,
+    slopes: Tensor | None,
+    window: int | None,
+    key_offset: int,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """(y [B, T, H, V] in q's dtype, base-2 log-sum-exp [B, Hkv, G, T]); see op.py."""
+    """(y [B, T, H, V] in q's dtype, base-2 log-sum-exp of the scores [B, T, H]); see op.py."""
     heads = k.shape[2]
     queries, keys, values = _grouped(q, heads), _by_head(k), _by_head(v)
     batch, _, groups, tokens, _ = queries.shape
     y = values.new_empty(batch, heads, groups, tokens, v.shape[3])
     lse = values.new_empty(batch, heads, groups, tokens)
     for rows, columns in _blocks(tokens, k.shape[1], window, key_offset):
-        scores = _scores(queries, keys, rows, columns, doc_start, window, key_offset, scale)
+        scores = _scores(queries, keys, rows, columns, doc_start, slopes, window, key_offset, scale)
         # A query without keys has a highest score of -inf: shifted by 0 instead, its weights are 0 and not NaN.
         highest = scores.amax(-1, keepdim=True) if scores.shape[-1] else scores.new_zeros(*scores.shape[:-1], 1)
         highest.masked_fill_(highest == -torch.inf, 0)
@@ -42,7 +49,8 @@ def forward(
         torch.div(out, total.masked_fill(total == 0, 1), out=y[..., rows, :])
         # +inf where there was no key, so that the backward pass finds weights of 2^(-inf - inf) = 0.
         lse[..., rows] = torch.where(total == 0, torch.inf, highest + total.log2()).squeeze(-1)
-    return y.permute(0, 3, 1, 2, 4).flatten(2, 3).to(q.dtype).contiguous(), lse
+    y, lse = (t.movedim(3, 1).flatten(2, 3) for t in (y, lse))
+    return y.to(q.dtype).contiguous(), lse.contiguous()
 
 
 def backward(
@@ -53,6 +61,7 @@ def backward(
     y: Tensor,
     lse: Tensor,
     doc_start: Tensor | None,
+    slopes: Tensor | None,
     window: int | None,
     key_offset: int,
     scale: float,
@@ -61,9 +70,10 @@ def backward(
     heads = k.shape[2]
     queries, keys, values, dout = _grouped(q, heads), _by_head(k), _by_head(v), _grouped(dy.to(lse.dtype), heads)
     row_sums = (dout * _grouped(y, heads)).sum(-1)
+    lse = lse.unflatten(2, (heads, -1)).movedim(1, 3)
     dq, dk, dv = torch.empty_like(queries), torch.zeros_like(keys), torch.zeros_like(values)
     for rows, columns in _blocks(q.shape[1], k.shape[1], window, key_offset):
-        scores = _scores(queries, keys, rows, columns, doc_start, window, key_offset, scale)
+        scores = _scores(queries, keys, rows, columns, doc_start, slopes, window, key_offset, scale)
         weights = scores.sub_(lse[..., rows].unsqueeze(-1)).exp2_()
         grad = dout[..., rows, :].flatten(2, 3)
         dv[:, :, columns] += weights.flatten(2, 3).transpose(2, 3) @ grad
@@ -100,6 +110,7 @@ def _scores(
     rows: slice,
     columns: slice,
     doc_start: Tensor | None,
+    slopes: Tensor | None,
     window: int | None,
     key_offset: int,
     scale: float,
@@ -115,7 +126,11 @@ def _scores(
     if doc_start is not None:
         dropped = (dropped | (key_at < doc_start[:, rows, None]))[:, None, None]
     mask = torch.zeros(dropped.shape, dtype=scores.dtype, device=scores.device).masked_fill_(dropped, -torch.inf)
-    return scores.unflatten(2, block.shape[2:4]).add_(mask)
+    scores = scores.unflatten(2, block.shape[2:4]).add_(mask)
+    if slopes is None:
+        return scores
+    distance = (query_at - key_at).to(scores.dtype)
+    return scores.sub_(slopes.to(scores.dtype).mul(LOG2_E).view(*scores.shape[1:3], 1, 1) * distance)
 
 
 def _grouped(q: Tensor, heads: int) -> Tensor:

@@ -17,12 +17,19 @@ def make(batch, tokens, heads, key_heads, halo=0, dtype=torch.float64, key=8, va
     return [torch.randn(s, generator=rng, dtype=torch.float64).to(dtype).requires_grad_() for s in shapes]
 
 
-def naive(q, k, v, segments, window, key_offset):
+def slopes_of(heads, device="cpu"):
+    """Steep to flat: 2 to 2^-5, so that `reach` cuts some heads short even at these lengths."""
+    return torch.logspace(1, -5, heads, base=2.0, device=device)
+
+
+def naive(q, k, v, segments, window, key_offset, slopes=None):
     groups = q.shape[2] // k.shape[2]
     k, v = k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2)
     scores = torch.einsum("bihk,bjhk->bhij", q, k) * q.shape[3] ** -0.5
     i = torch.arange(q.shape[1])[:, None]
     p = torch.arange(k.shape[1])[None] + key_offset
+    if slopes is not None:
+        scores = scores - slopes.view(-1, 1, 1).double() * (i - p)
     keep = (p <= i) if window is None else (p <= i) & (i - p < window)
     keep = keep[None]
     if segments is not None:
@@ -34,7 +41,7 @@ def naive(q, k, v, segments, window, key_offset):
 def with_gradients(function, inputs):
     y = function(*inputs)
     grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(y)
-    return [y, *torch.autograd.grad(y, inputs, grad)]
+    return [y.detach(), *torch.autograd.grad(y, inputs, grad)]
 
 
 @pytest.mark.parametrize("documents", [False, True], ids=["one", "documents"])
@@ -50,10 +57,129 @@ def test_values_and_gradients(tokens, heads, window, halo, documents, random_seg
         torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-11)
 
 
+@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2)])
+def test_alibi_is_the_distance_form(heads, window, random_segments):
+    inputs, slopes, segments = make(2, 90, *heads, 7), slopes_of(heads[0]), random_segments(2, 90, device="cpu")
+    options = {"window": window, "key_offset": -7}
+    actual = with_gradients(lambda *a: attention(*a, segments, alibi_slopes=slopes, **options), inputs)
+    exact = with_gradients(lambda *a: naive(*a, segments, window, -7, slopes), inputs)
+    for a, e in zip(actual, exact, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-6, atol=1e-7)
+
+
 def test_gradcheck(random_segments):
     segments = random_segments(1, 9, device="cpu")
     inputs = make(1, 9, 2, 1, 2, key=2, value=2)
-    assert torch.autograd.gradcheck(lambda *a: attention(*a, segments, window=4, key_offset=-2), inputs)
+    options = {"window": 4, "key_offset": -2, "alibi_slopes": slopes_of(2).double()}
+    assert torch.autograd.gradcheck(lambda *a: attention(*a, segments, **options), inputs)
+
+
+# (batch, tokens, heads, key heads, halo, head dim, value dim, window, documents, ALiBi, dtype): between them every
+# branch of the kernels; the interpreter takes about a second for each.
+KERNEL_CASES = [
+    (1, 1, 4, 1, 0, 16, 16, None, False, False, torch.float32),
+    (1, 65, 3, 1, 0, 16, 16, None, False, False, torch.float32),
+    (2, 70, 4, 2, 13, 24, 16, 20, True, False, torch.float32),
+    (1, 70, 4, 4, 0, 16, 16, None, True, True, torch.float32),
+    (1, 63, 6, 2, 13, 16, 40, None, False, True, torch.float16),
+    (1, 150, 10, 1, 9, 16, 16, 30, True, False, torch.float16),
+    (1, 200, 2, 2, 0, 16, 16, 150, False, False, torch.float16),
+]
+# (batch, tokens, heads, key heads, halo, window, documents, ALiBi); each with every bf16 tile, two with other dtypes.
+WIDE_SHAPES = [
+    (1, 1000, 10, 1, 100, 128, True, False),
+    (2, 777, 6, 2, 31, None, True, True),
+    (2, 500, 4, 4, 0, None, False, True),
+    (1, 2049, 4, 1, 0, 1024, False, False),
+    (1, 1000, 16, 1, 0, 64, True, False),
+]
+WIDE_CASES = [
+    (b, t, h, g, halo, dim, dim, window, documents, alibi, dtype)
+    for dtype, dims, shapes in [
+        (torch.bfloat16, (64, 128, 256), WIDE_SHAPES),
+        (torch.float32, (32, 256), WIDE_SHAPES[:2]),
+        (torch.float16, (96,), WIDE_SHAPES[:2]),
+    ]
+    for dim in dims
+    for b, t, h, g, halo, window, documents, alibi in shapes
+]
+
+
+def kernel_against_bar(case, device, random_segments):
+    """The kernel's error against float64 is at most twice the reference's at the same precision, and a rounding."""
+    batch, tokens, heads, key_heads, halo, key, value, window, documents, alibi, dtype = case
+    inputs = make(batch, tokens, heads, key_heads, halo, dtype, key, value)
+    segments = random_segments(batch, tokens, device="cpu") if documents else None
+    slopes = slopes_of(heads) if alibi else None
+    exact = with_gradients(
+        lambda *a: attention(*a, segments, window=window, key_offset=-halo, alibi_slopes=slopes),
+        [t.detach().double().requires_grad_() for t in inputs],
+    )
+    there = [t.detach().to(device).requires_grad_() for t in inputs]
+    options = {
+        "window": window,
+        "key_offset": -halo,
+        "alibi_slopes": None if slopes is None else slopes.to(device),
+        "segments": None if segments is None else segments.to(device),
+    }
+    kernel, again, reference = (
+        with_gradients(lambda *a, i=i: attention(*a, **options, implementation=i), there)
+        for i in ("triton", "triton", "reference")
+    )
+    assert all(torch.equal(a, b) for a, b in zip(kernel, again, strict=True)), "other bits the second time"
+    floor = torch.finfo(dtype).eps * (4 if dtype == torch.float32 else 1)
+    for name, k, r, e in zip(("y", "dq", "dk", "dv"), kernel, reference, exact, strict=True):
+        assert k.dtype == dtype and k.isfinite().all()
+        # One key alone has gradients of exactly 0 for q and k: there the scale is that of the inputs.
+        scale = max(e.norm(), 1e-2 * e.numel() ** 0.5)
+        errors = [float((t.cpu().double() - e).norm() / scale) for t in (k, r)]
+        assert errors[0] <= 2 * errors[1] + floor, f"{name}: {errors[0]:.1e}, reference {errors[1]:.1e}"
+
+
+@pytest.mark.parametrize("case", KERNEL_CASES, ids=str)
+def test_kernel_within_bar(case, device, random_segments):
+    kernel_against_bar(case, device, random_segments)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", WIDE_CASES, ids=str)
+def test_kernel_within_bar_on_gpu(case, random_segments):
+    kernel_against_bar(case, "cuda", random_segments)
+
+
+def test_kernel_leaves_queries_without_keys_at_zero(device):
+    q, k, v = make(1, 90, 2, 1, dtype=torch.float32, key=16, value=16)
+    q, k, v = (t.detach().to(device).requires_grad_() for t in (q, k[:, :12], v[:, :12]))
+    y, dq, dk, dv = with_gradients(lambda *a: attention(*a, window=3, implementation="triton"), [q, k, v])
+    assert (y[:, 14:] == 0).all() and (y[:, :14] != 0).any(-1).all()
+    assert (dq[:, 14:] == 0).all()
+    assert all(t.isfinite().all() for t in (y, dq, dk, dv))
+
+
+def test_kernel_takes_strided_inputs(device):
+    rng = torch.Generator().manual_seed(0)
+    fused = torch.randn(1, 40, 3, 2, 16, generator=rng).to(device)
+    q, k, v = fused.unbind(2)
+    packed = attention(*(t.contiguous() for t in (q, k, v)), window=9, implementation="triton")
+    assert torch.equal(attention(q, k, v, window=9, implementation="triton"), packed)
+
+
+def test_reach_keeps_every_weight_that_counts():
+    """Beyond it, and not before an eighth of it for random inputs, weights vanish under the largest."""
+    from longscan.kernels.attention import kernel
+
+    q, k, v = (t.detach() for t in make(1, 400, 4, 4, dtype=torch.float32, key=16))
+    slopes = torch.tensor([1.0, 0.5, 0.2, 0.0])
+    reach = kernel._reach(q, k, slopes, 0.25)[0]
+    assert reach[3] >= 400
+    scores = torch.einsum("bihk,bjhk->bhij", q, k)[0].double() * 0.25
+    distance = (torch.arange(400)[:, None] - torch.arange(400)[None]).double()
+    weights = (scores - slopes.double()[:, None, None] * distance).masked_fill(distance < 0, -torch.inf).softmax(-1)
+    for head in range(3):
+        share = weights[head] / weights[head].amax(-1, keepdim=True)
+        assert share[distance > reach[head]].amax() < 2.0**-48
+        assert share[distance > reach[head] // 8].amax() > 2.0**-48
 
 
 def test_split_invariance(random_segments):
@@ -132,7 +258,7 @@ def test_a_window_meets_a_bounded_number_of_keys():
     assert [rows.start for rows, _ in spans] == list(range(0, 10_000, reference.BLOCK))
 
 
-def test_bad_arguments_are_named():
+def test_bad_arguments_are_named(device):
     q, k, v = make(1, 4, 4, 2)
     with pytest.raises(ValueError, match=r"window=0"):
         attention(q, k, v, window=0)
@@ -142,5 +268,12 @@ def test_bad_arguments_are_named():
         attention(q[:, :, :3], k, v)
     with pytest.raises(TypeError, match=r"expected one dtype"):
         attention(q.float(), k, v)
-    with pytest.raises(ValueError, match=r"'triton' cannot run: this op has no Triton kernel"):
-        attention(q, k, v, implementation="triton")
+    with pytest.raises(ValueError, match=r"scale=0"):
+        attention(q, k, v, scale=0)
+    with pytest.raises(ValueError, match=r"alibi_slopes has shape \[3\], expected \[4\]"):
+        attention(q, k, v, alibi_slopes=torch.ones(3))
+    with pytest.raises(TypeError, match=r"alibi_slopes is torch.float16"):
+        attention(q, k, v, alibi_slopes=torch.ones(4, dtype=torch.float16))
+    wide = torch.zeros(1, 4, 1, 257, device=device)
+    with pytest.raises(ValueError, match=r"head dim 257: the Triton kernel takes at most 256"):
+        attention(wide, wide, wide, implementation="triton")

@@ -18,7 +18,8 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
         ("auto", "linear_scan", CPU, torch.float32, "reference"),
         ("auto", "linear_scan", CUDA, torch.bfloat16, "triton"),
         ("auto", "rg_lru", CUDA, torch.float64, "reference"),
-        ("auto", "attention", CUDA, torch.bfloat16, "reference"),
+        ("auto", "attention", CUDA, torch.bfloat16, "triton"),
+        ("auto", "short_conv", CUDA, torch.bfloat16, "reference"),
         ("reference", "rg_lru", CUDA, torch.bfloat16, "reference"),
         ("triton", "rg_lru", CUDA, torch.float16, "triton"),
     ],
@@ -42,7 +43,7 @@ def test_reasons(op, device, dtype, reason, monkeypatch):
 
 
 def test_missing_triton_is_a_reason_and_not_a_fallback(monkeypatch):
-    monkeypatch.setattr(dispatch, "_triton_installed", lambda: False)
+    monkeypatch.setattr(dispatch, "_TRITON_INSTALLED", False)
     for asked in ("auto", "triton"):
         with pytest.raises(ValueError, match="triton is not installed"):
             dispatch.resolve(asked, "rg_lru", CUDA, torch.float32)

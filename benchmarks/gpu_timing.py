@@ -1,0 +1,67 @@
+"""Times and rates of one GPU: the works that benchmarks.kernels measures, and the ceilings they are held to."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# The GPU idles so long, about 1 ms, before a timed span: more than the host takes to launch any op of ours.
+QUEUE_CYCLES = 2_000_000
+
+
+@dataclass(frozen=True)
+class Work:
+    """One op at one shape by one implementation: its inputs, the call, and what it must at least move and compute.
+
+    A peer is a further Work of the same `name` and another `impl`; its inputs may be laid out as it likes them.
+    `call` returns one tensor, differentiable in those inputs that require a gradient.
+    """
+
+    name: str
+    inputs: list[Tensor]
+    call: Callable[..., Tensor]
+    forward_bytes: int
+    both_bytes: int
+    forward_flops: int = 0
+    both_flops: int = 0
+    impl: str = "longscan"
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        """The inputs whose gradients the backward pass gives."""
+        return [tensor for tensor in self.inputs if tensor.requires_grad]
+
+
+def milliseconds(run: Callable[[], object], repeat: int, warm: int = 3) -> float:
+    """The median time the GPU spends on `run`, whose launches are queued while it idles, from a cold L2 cache."""
+    cache = torch.empty(2**28, dtype=torch.uint8, device="cuda")
+    for _ in range(warm):
+        run()
+    times = []
+    for _ in range(repeat):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        cache.zero_()
+        torch.cuda._sleep(QUEUE_CYCLES)
+        begin.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end))
+    return statistics.median(times)
+
+
+def copy_rate() -> float:
+    """Bytes a second of a device copy, read and written bytes counted."""
+    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / (milliseconds(lambda: target.copy_(source), 20) / 1e3)
+
+
+def matmul_rate(size: int = 8192) -> float:
+    """FLOPs a second of a square bf16 matrix product."""
+    a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    return 2 * size**3 / (milliseconds(lambda: a @ b, 20) / 1e3)

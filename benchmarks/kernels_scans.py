@@ -1,0 +1,179 @@
+"""linear_scan, rg_lru and its gate projections on one GPU; `--tune` times the ways to cut them into programs."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from longscan.kernels import linear_scan, rg_lru
+from longscan.kernels.linear_scan import kernel as scan_kernel
+from longscan.kernels.linear_scan.kernel import Tile
+from longscan.kernels.rg_lru import kernel as gated_kernel
+
+from .gpu_timing import Work, milliseconds
+
+SHAPES = ((1, 32768, 2560), (8, 2048, 2560))
+LENGTHS = (2048, 8192, 131072)
+WIDTH = 2560
+HEADS = 16
+
+
+def works() -> Iterator[Work]:
+    """Every op at every shape of the table, then by length at one row."""
+    shapes = (*SHAPES, *((1, tokens, WIDTH) for tokens in LENGTHS))
+    for shape in shapes:
+        yield scan_work(*shape)
+        yield from scan_peers(*shape)
+    for shape in shapes:
+        yield rg_lru_work(*shape)
+    yield from gate_works(1, 32768)
+
+
+def _draw(*shape: int) -> Tensor:
+    return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+
+
+def scan_work(batch: int, tokens: int, width: int) -> Work:
+    """linear_scan: reads x and log_a, writes h; backward reads dh, log_a and h, writes dx and dlog_a."""
+    x, log_a = _draw(batch, tokens, width), -_draw(batch, tokens, width).exp()
+    size = x.nbytes
+    name = f"linear_scan ({batch}, {tokens}, {width}) bf16"
+    return Work(name, [x.requires_grad_(), log_a.requires_grad_()], lambda *a: linear_scan(*a)[0], 3 * size, 8 * size)
+
+
+def scan_peers(batch: int, tokens: int, width: int) -> Iterator[Work]:
+    """accelerated-scan in its own layout [B, D, T], powers of two only; fla's HGRN scan in ours."""
+    name = f"linear_scan ({batch}, {tokens}, {width}) bf16"
+    size = batch * tokens * width * 2
+    try:
+        from accelerated_scan.scalar import scan
+    except ImportError:
+        pass
+    else:
+        gates = _draw(batch, width, tokens).sigmoid().requires_grad_()
+        if 32 <= tokens <= 65536:
+            inputs = [gates, _draw(batch, width, tokens).requires_grad_()]
+            yield Work(name, inputs, scan, 3 * size, 8 * size, impl="accelerated-scan (B, D, T)")
+    try:
+        from fla.ops.hgrn import chunk_hgrn
+    except ImportError:
+        return
+    inputs = [_draw(batch, tokens, width).requires_grad_(), (-_draw(batch, tokens, width).exp()).requires_grad_()]
+    yield Work(name, inputs, lambda *a: chunk_hgrn(*a)[0], 3 * size, 8 * size, impl="fla chunk_hgrn")
+
+
+def rg_lru_work(batch: int, tokens: int, width: int) -> Work:
+    """rg_lru: reads x and both gates, writes h; backward reads those, h and dh, writes three gradients."""
+    inputs = [_draw(batch, tokens, width) for _ in range(3)]
+    inputs.append(torch.full((width,), -4.0, device="cuda"))
+    size = inputs[0].nbytes
+    leaves = [tensor.requires_grad_() for tensor in inputs]
+    name = f"rg_lru ({batch}, {tokens}, {width}) bf16"
+    return Work(name, leaves, lambda *a: rg_lru(*a)[0], 4 * size, 12 * size)
+
+
+def gate_works(batch: int, tokens: int) -> Iterator[Work]:
+    """Both block-diagonal gate projections as the model runs them, alone and with the rg_lru they feed."""
+    block = WIDTH // HEADS
+    size, rows = batch * tokens * WIDTH * 2, batch * tokens
+    x = _draw(batch, tokens, WIDTH).requires_grad_()
+    weights = [(_draw(HEADS, block, block) * block**-0.5).requires_grad_() for _ in range(2)]
+    a_param = torch.full((WIDTH,), -4.0, device="cuda", requires_grad=True)
+    flops = 2 * 2 * rows * block * WIDTH
+
+    def gate(x: Tensor, weight: Tensor) -> Tensor:
+        y = torch.bmm(x.view(rows, HEADS, block).transpose(0, 1), weight)
+        return y.transpose(0, 1).reshape(batch, tokens, WIDTH)
+
+    def gates(x: Tensor, one: Tensor, two: Tensor) -> Tensor:
+        return gate(x, one) + gate(x, two)
+
+    def whole(x: Tensor, one: Tensor, two: Tensor, a_param: Tensor) -> Tensor:
+        return rg_lru(x, gate(x, one), gate(x, two), a_param)[0]
+
+    gate_name = f"gates (1, {tokens}, {HEADS}x{block}) bf16"
+    inner = _draw(HEADS, rows, block).requires_grad_()
+    yield Work(gate_name, [inner, weights[0]], torch.bmm, 2 * size, 5 * size, flops // 2, 3 * flops // 2, "torch bmm")
+    yield Work(
+        gate_name, [x, weights[0]], gate, 2 * size, 5 * size, flops // 2, 3 * flops // 2, "torch bmm from (B, T, D)"
+    )
+    name = f"gates + rg_lru (1, {tokens}, {HEADS}x{block}) bf16"
+    yield Work(name, [x, *weights, a_param], whole, 7 * size, 22 * size, flops, 3 * flops)
+
+
+# rows, steps, block, group, warps
+SCAN_FORWARD = [
+    (8, 16, 64, 8, 8),
+    (8, 8, 64, 16, 8),
+    (4, 16, 64, 16, 4),
+    (16, 8, 64, 8, 16),
+    (8, 8, 128, 16, 8),
+    (4, 8, 128, 16, 4),
+    (4, 8, 256, 16, 8),
+]
+SCAN_BACKWARD = [
+    (8, 8, 64, 16, 8),
+    (4, 8, 64, 16, 4),
+    (16, 8, 64, 8, 16),
+    (8, 4, 128, 16, 8),
+    (8, 16, 64, 8, 8),
+]
+GATED_FORWARD = [
+    (8, 8, 64, 16, 8),
+    (8, 4, 64, 16, 8),
+    (4, 8, 64, 16, 4),
+    (16, 8, 64, 8, 16),
+    (8, 16, 64, 8, 8),
+]
+GATED_BACKWARD = [
+    (8, 4, 64, 16, 8),
+    (4, 4, 64, 32, 4),
+    (8, 8, 64, 16, 8),
+    (16, 4, 64, 16, 16),
+    (4, 8, 64, 16, 4),
+    (8, 2, 128, 16, 8),
+]
+
+
+def candidates() -> None:
+    """Prints the time of each cut at both shapes, the pass alone."""
+    for module, make, forwards, backwards in (
+        (scan_kernel, scan_work, SCAN_FORWARD, SCAN_BACKWARD),
+        (gated_kernel, rg_lru_work, GATED_FORWARD, GATED_BACKWARD),
+    ):
+        for shape in SHAPES:
+            work = make(*shape)
+            inputs = [t.detach() for t in work.inputs]
+            h, final = module.forward(*inputs, None, None)
+            dh, dfinal = torch.randn_like(h), torch.zeros_like(final)
+            saved = (inputs[1], h) if module is scan_kernel else (*inputs, h)
+            passes = {
+                "FORWARD": (forwards, lambda m=module, i=inputs: m.forward(*i, None, None)),
+                "BACKWARD": (
+                    backwards,
+                    lambda m=module, s=saved, g=(dh, dfinal): m.backward(*g, None, *s, None, None),
+                ),
+            }
+            for attribute, (tiles, run) in passes.items():
+                chosen = getattr(module, attribute)
+                for tile in tiles:
+                    setattr(module, attribute, Tile(*tile))
+                    print(f"{work.name} {attribute} {tile}: {_time(run)}", flush=True)
+                setattr(module, attribute, chosen)
+
+
+def _time(run) -> str:
+    try:
+        return f"{milliseconds(run, 15):.4f} ms"
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error)[:120]}"
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tune", action="store_true")
+    if parser.parse_args().tune:
+        candidates()

@@ -1,0 +1,689 @@
+"""Attention in Triton: a pass for y, and backward a pass for dq and one for dk and dv; no atomics, nothing shared.
+
+The queries of a key head are laid out as rows: with G = H / Hkv query heads to a key head, row r is head r % G of
+token r // G. A block of rows then holds all heads of a few tokens, so a key block is loaded once for the whole group,
+a block is hardly wider than its window, and dk and dv sum over the group's heads inside one program. Any G fits
+without padding.
+
+A block meets only keys that one of its rows may keep, and masks only the edge blocks among them: the blocks that
+every row keeps whole go through a loop of their own. Under ALiBi, `reach` bounds the distance at which a weight can
+exceed 2^-48 of its row's largest, so steep heads meet few keys and lose nothing that fp32 could hold. Every sum has
+one fixed order, so bits repeat.
+
+Scores are in base 2. Indices carry i_, offsets o_, loaded blocks b_, pointers p_ and flags m_.
+"""
+
+# The types of jitted functions and of their launches are beyond a type checker.
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false, reportArgumentType=false
+# pyright: reportAssignmentType=false
+
+from __future__ import annotations
+
+import contextlib
+import math
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2_E = math.log2(math.e)
+# A key below 2^-48 of its row's largest weight is not met: 2^24 such keys stay under the last bit of fp32.
+NEGLIGIBLE = 48.0
+NEVER = tl.constexpr(-(2**30))
+
+
+class Tile(NamedTuple):
+    """Rows and keys of a block, warps of a program, stages of its loads."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+# By padded head dim, for 16-bit inputs; smaller heads take the first. The fastest of those that
+# benchmarks.kernels_attention times on an H100, where query heads share a key head under a window.
+TILES: dict[str, dict[int, Tile]] = {
+    "forward": {64: Tile(128, 64, 4, 3), 128: Tile(64, 64, 4, 3), 256: Tile(128, 64, 8, 2)},
+    "dq": {64: Tile(128, 64, 4, 3), 128: Tile(64, 64, 4, 2), 256: Tile(128, 32, 8, 2)},
+    "dkv": {64: Tile(128, 64, 4, 2), 128: Tile(64, 128, 8, 3), 256: Tile(64, 64, 8, 2)},
+}
+# Likewise where each query head has a key head of its own, if another tile.
+SINGLE_TILES: dict[str, dict[int, Tile]] = {
+    "forward": {128: Tile(128, 128, 8, 2)},
+    "dq": {128: Tile(128, 64, 8, 2)},
+    "dkv": {},
+}
+
+
+def tile_of(work: str, dtype: torch.dtype, dim: int, groups: int) -> Tile:
+    """The tile of "forward", "dq" or "dkv" at a padded head dim and number of query heads to a key head."""
+    if dtype == torch.float32:
+        return Tile(32, 32, 4, 1)
+    dim = max(64, dim)
+    tile = TILES[work][dim]
+    return SINGLE_TILES[work].get(dim, tile) if groups == 1 else tile
+
+
+@triton.jit
+def _row_span(p_doc_start, p_reach, i_low, i_high, tokens, keys, offset, window):
+    """(start, stop) of the keys that some of queries i_low to i_high keep, (first, end) of those that all keep."""
+    i_batch = tl.program_id(2).to(tl.int64)
+    low, high = i_low - window + 1, i_high - window + 1
+    if p_doc_start is not None:
+        low = tl.maximum(low, tl.load(p_doc_start + i_batch * tokens + i_low))
+        high = tl.maximum(high, tl.load(p_doc_start + i_batch * tokens + i_high))
+    last = keys - 1 + offset
+    if p_reach is not None:
+        reach = tl.load(p_reach + i_batch * tl.num_programs(1) + tl.program_id(1))
+        low = tl.maximum(low, tl.minimum(i_low, last) - reach)
+    stop = tl.minimum(i_high, last) - offset + 1
+    start = tl.minimum(tl.maximum(low - offset, 0), stop)
+    return start, stop, high - offset, tl.minimum(i_low, last) - offset + 1
+
+
+@triton.jit
+def _cut(start, stop, first, end, BLOCK: tl.constexpr):
+    """Blocks that cover [start, stop): (edge blocks on the left, start of the inner ones, their end, edge blocks).
+
+    The inner blocks lie inside [first, end).
+    """
+    left = tl.minimum(tl.cdiv(tl.maximum(first - start, 0), BLOCK), tl.cdiv(stop - start, BLOCK))
+    inner = start + left * BLOCK
+    inner_end = inner + tl.maximum(tl.minimum(end, stop) - inner, 0) // BLOCK * BLOCK
+    return left, inner, inner_end, left + tl.cdiv(tl.maximum(stop - inner_end, 0), BLOCK)
+
+
+@triton.jit
+def _rows(i_first, tokens, HEADS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Of the rows from i_first on: their queries, their head in the group, their place in [B * T * H] and a mask."""
+    o_row = i_first + tl.arange(0, BLOCK_M)
+    o_query = o_row // GROUPS
+    i_query = i_first // GROUPS
+    base = (tl.program_id(2).to(tl.int64) * tokens + i_query) * HEADS + tl.program_id(1) * GROUPS
+    o_group = o_row - o_query * GROUPS
+    return o_query, o_group, base + ((o_query - i_query) * HEADS + o_group), o_query < tokens
+
+
+@triton.jit
+def _row_limits(p_doc_start, o_query, mask, tokens, keys, offset, window):
+    """The positions of the first and the last key each query keeps."""
+    o_first = o_query - window + 1
+    if p_doc_start is not None:
+        p_row = p_doc_start + tl.program_id(2).to(tl.int64) * tokens
+        o_first = tl.maximum(o_first, tl.load(p_row + o_query, mask=mask, other=0))
+    o_last = tl.minimum(o_query, keys - 1 + offset)
+    return o_first, tl.where(mask, o_last, NEVER)
+
+
+@triton.jit
+def _load(p, o_row, mask, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """[rows, BLOCK_D] of a matrix with rows of DIM; zeros outside. `mask` None: every row is inside."""
+    o_dim = tl.arange(0, BLOCK_D)
+    p_block = p + o_row[:, None] * DIM + o_dim[None, :]
+    if mask is None:
+        if DIM == BLOCK_D:
+            b = tl.load(p_block)
+        else:
+            b = tl.load(p_block, mask=(o_dim < DIM)[None, :], other=0.0)
+    else:
+        if DIM == BLOCK_D:
+            b = tl.load(p_block, mask=mask[:, None], other=0.0)
+        else:
+            b = tl.load(p_block, mask=mask[:, None] & (o_dim < DIM)[None, :], other=0.0)
+    return b
+
+
+@triton.jit
+def _store(p, o_row, mask, b, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    o_dim = tl.arange(0, BLOCK_D)
+    where = mask[:, None] & (o_dim < DIM)[None, :]
+    tl.store(p + o_row[:, None] * DIM + o_dim[None, :], b.to(p.dtype.element_ty), mask=where)
+
+
+@triton.jit
+def _load_keys(p, base, i_key, keys, KEY_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_D, BLOCK_N, EDGE: tl.constexpr):
+    """[BLOCK_N, BLOCK_D] from key i_key on; `base` is where this program's key head begins in [B * T_k * Hkv]."""
+    o_key = tl.arange(0, BLOCK_N)
+    p_first = p + (base + i_key * KEY_HEADS) * DIM
+    if EDGE:
+        b = _load(p_first, o_key * KEY_HEADS, o_key < keys - i_key, DIM, BLOCK_D)
+    else:
+        b = _load(p_first, o_key * KEY_HEADS, None, DIM, BLOCK_D)
+    return b
+
+
+@triton.jit
+def _slopes(p_slopes, o_group, GROUPS: tl.constexpr):
+    """This program's slopes for base 2: a scalar for one head, else [rows]; 0 without ALiBi."""
+    if p_slopes is None:
+        b = 0.0
+    elif GROUPS == 1:
+        b = tl.load(p_slopes + tl.program_id(1)) * 1.4426950408889634
+    else:
+        b = tl.load(p_slopes + tl.program_id(1) * GROUPS + o_group) * 1.4426950408889634
+    return b
+
+
+@triton.jit
+def _bias(b_slope, o_query, i_at, GROUPS: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr):
+    """slope (p - i) for keys at positions p from i_at on, in two parts: [1 or rows, keys] and [rows].
+
+    For 16-bit inputs the first part is slope (p - i_at), the same for every block, and one operation a score. The
+    cancellation between the parts costs up to slope * BLOCK_N roundings of fp32, too many for fp32 inputs.
+    """
+    if PRECISION == "ieee":
+        o_distance = (i_at + tl.arange(0, BLOCK_N)[None, :] - o_query[:, None]).to(tl.float32)
+        b_shift = tl.zeros(o_query.shape, tl.float32)
+    else:
+        o_distance = tl.arange(0, BLOCK_N)[None, :].to(tl.float32)
+        b_shift = b_slope * (i_at - o_query).to(tl.float32)
+    if GROUPS == 1:
+        b_bias = b_slope * o_distance
+    else:
+        b_bias = b_slope[:, None] * o_distance
+    return b_bias, b_shift
+
+
+@triton.jit
+def _attend(
+    b_y,
+    b_total,
+    b_highest,
+    b_q,
+    b_slope,
+    p_k,
+    p_v,
+    base,
+    o_query,
+    o_first,
+    o_last,
+    i_key,
+    keys,
+    offset,
+    factor,
+    KEY_HEADS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    KEY_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BIASED: tl.constexpr,
+    EDGE: tl.constexpr,
+):
+    """One key block into the running (y, sum of weights, highest score)."""
+    b_k = _load_keys(p_k, base, i_key, keys, KEY_HEADS, KEY_DIM, BLOCK_K, BLOCK_N, EDGE)
+    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+    if EDGE:
+        o_at = i_key + offset + tl.arange(0, BLOCK_N)[None, :]
+        b_s = tl.where((o_at >= o_first[:, None]) & (o_at <= o_last[:, None]), b_s, float("-inf"))
+    if BIASED:
+        b_bias, b_shift = _bias(b_slope, o_query, i_key + offset, GROUPS, BLOCK_N, PRECISION)
+        b_s = b_s * factor + b_bias
+        b_next = tl.maximum(b_highest, tl.max(b_s, 1) + b_shift)
+    else:
+        b_next = tl.maximum(b_highest, tl.max(b_s, 1) * factor)
+    b_base = b_next
+    if EDGE:
+        b_base = tl.where(b_next == float("-inf"), 0.0, b_next)
+    b_decay = tl.exp2(b_highest - b_base)
+    if BIASED:
+        b_p = tl.exp2(b_s - (b_base - b_shift)[:, None])
+    else:
+        b_p = tl.exp2(b_s * factor - b_base[:, None])
+    b_v = _load_keys(p_v, base, i_key, keys, KEY_HEADS, VALUE_DIM, BLOCK_V, BLOCK_N, EDGE)
+    b_y = tl.dot(b_p.to(b_v.dtype), b_v, b_y * b_decay[:, None], input_precision=PRECISION)
+    return b_y, b_total * b_decay + tl.sum(b_p, 1), b_next
+
+
+@triton.jit
+def _forward(
+    p_q,
+    p_k,
+    p_v,
+    p_doc_start,
+    p_slopes,
+    p_reach,
+    p_y,
+    p_lse,
+    tokens,
+    keys,
+    offset,
+    window,
+    factor,
+    HEADS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    KEY_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """y and log-sum-exp of a block of rows; the last rows, which meet most keys, begin first."""
+    KEY_HEADS: tl.constexpr = HEADS // GROUPS
+    BIASED: tl.constexpr = p_slopes is not None
+    i_row = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
+    i_high = tl.minimum((i_row + BLOCK_M - 1) // GROUPS, tokens - 1)
+    o_query, o_group, o_row, mask = _rows(i_row, tokens, HEADS, GROUPS, BLOCK_M)
+    start, stop, first, end = _row_span(p_doc_start, p_reach, i_row // GROUPS, i_high, tokens, keys, offset, window)
+    left, inner, inner_end, edges = _cut(start, stop, first, end, BLOCK_N)
+    o_first, o_last = _row_limits(p_doc_start, o_query, mask, tokens, keys, offset, window)
+    base = tl.program_id(2).to(tl.int64) * keys * KEY_HEADS + tl.program_id(1)
+    b_slope = _slopes(p_slopes, o_group, GROUPS)
+    b_q = _load(p_q, o_row, mask, KEY_DIM, BLOCK_K)
+    b_y = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+    b_total = tl.zeros([BLOCK_M], tl.float32)
+    b_highest = tl.zeros([BLOCK_M], tl.float32) - float("inf")
+    for i_key in range(inner, inner_end, BLOCK_N):
+        b_y, b_total, b_highest = _attend(
+            b_y, b_total, b_highest, b_q, b_slope, p_k, p_v, base, o_query, o_first, o_last, i_key, keys, offset,
+            factor, KEY_HEADS, GROUPS, KEY_DIM, VALUE_DIM, BLOCK_K, BLOCK_V, BLOCK_N, PRECISION, BIASED, False
+        )  # fmt: skip
+    for i in range(0, edges):
+        i_key = tl.where(i < left, start + i * BLOCK_N, inner_end + (i - left) * BLOCK_N)
+        b_y, b_total, b_highest = _attend(
+            b_y, b_total, b_highest, b_q, b_slope, p_k, p_v, base, o_query, o_first, o_last, i_key, keys, offset,
+            factor, KEY_HEADS, GROUPS, KEY_DIM, VALUE_DIM, BLOCK_K, BLOCK_V, BLOCK_N, PRECISION, BIASED, True
+        )  # fmt: skip
+    b_none = b_total == 0
+    b_y = b_y / tl.where(b_none, 1.0, b_total)[:, None]
+    _store(p_y, o_row, mask, b_y, VALUE_DIM, BLOCK_V)
+    tl.store(p_lse + o_row, tl.where(b_none, float("inf"), b_highest + tl.log2(b_total)), mask=mask)
+
+
+@triton.jit
+def _descend(
+    b_dq,
+    b_q,
+    b_dy,
+    b_lse,
+    b_delta,
+    b_slope,
+    p_k,
+    p_v,
+    base,
+    o_query,
+    o_first,
+    o_last,
+    i_key,
+    keys,
+    offset,
+    factor,
+    KEY_HEADS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    KEY_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BIASED: tl.constexpr,
+    EDGE: tl.constexpr,
+):
+    """One key block into dq: p (dy v - delta) k, unscaled."""
+    b_k = _load_keys(p_k, base, i_key, keys, KEY_HEADS, KEY_DIM, BLOCK_K, BLOCK_N, EDGE)
+    b_v = _load_keys(p_v, base, i_key, keys, KEY_HEADS, VALUE_DIM, BLOCK_V, BLOCK_N, EDGE)
+    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * factor
+    b_base = b_lse
+    if BIASED:
+        b_bias, b_shift = _bias(b_slope, o_query, i_key + offset, GROUPS, BLOCK_N, PRECISION)
+        b_s += b_bias
+        b_base = b_lse - b_shift
+    b_p = tl.exp2(b_s - b_base[:, None])
+    if EDGE:
+        o_at = i_key + offset + tl.arange(0, BLOCK_N)[None, :]
+        b_p = tl.where((o_at >= o_first[:, None]) & (o_at <= o_last[:, None]), b_p, 0.0)
+    b_dp = tl.dot(b_dy, tl.trans(b_v), input_precision=PRECISION)
+    b_ds = b_p * (b_dp - b_delta[:, None])
+    return tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
+
+
+@triton.jit
+def _backward_queries(
+    p_dy,
+    p_q,
+    p_k,
+    p_v,
+    p_y,
+    p_lse,
+    p_doc_start,
+    p_slopes,
+    p_reach,
+    p_dq,
+    p_delta,
+    tokens,
+    keys,
+    offset,
+    window,
+    factor,
+    scale,
+    HEADS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    KEY_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dq of a block of rows, and delta = sum(dy y), which the pass for dk and dv reads."""
+    KEY_HEADS: tl.constexpr = HEADS // GROUPS
+    BIASED: tl.constexpr = p_slopes is not None
+    i_row = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
+    i_high = tl.minimum((i_row + BLOCK_M - 1) // GROUPS, tokens - 1)
+    o_query, o_group, o_row, mask = _rows(i_row, tokens, HEADS, GROUPS, BLOCK_M)
+    start, stop, first, end = _row_span(p_doc_start, p_reach, i_row // GROUPS, i_high, tokens, keys, offset, window)
+    left, inner, inner_end, edges = _cut(start, stop, first, end, BLOCK_N)
+    o_first, o_last = _row_limits(p_doc_start, o_query, mask, tokens, keys, offset, window)
+    base = tl.program_id(2).to(tl.int64) * keys * KEY_HEADS + tl.program_id(1)
+    b_slope = _slopes(p_slopes, o_group, GROUPS)
+    b_dy = _load(p_dy, o_row, mask, VALUE_DIM, BLOCK_V)
+    b_y = _load(p_y, o_row, mask, VALUE_DIM, BLOCK_V)
+    b_delta = tl.sum(b_dy.to(tl.float32) * b_y.to(tl.float32), 1)
+    tl.store(p_delta + o_row, b_delta, mask=mask)
+    b_q = _load(p_q, o_row, mask, KEY_DIM, BLOCK_K)
+    b_lse = tl.load(p_lse + o_row, mask=mask, other=float("inf"))
+    b_dq = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
+    for i_key in range(inner, inner_end, BLOCK_N):
+        b_dq = _descend(
+            b_dq, b_q, b_dy, b_lse, b_delta, b_slope, p_k, p_v, base, o_query, o_first, o_last, i_key, keys, offset,
+            factor, KEY_HEADS, GROUPS, KEY_DIM, VALUE_DIM, BLOCK_K, BLOCK_V, BLOCK_N, PRECISION, BIASED, False
+        )  # fmt: skip
+    for i in range(0, edges):
+        i_key = tl.where(i < left, start + i * BLOCK_N, inner_end + (i - left) * BLOCK_N)
+        b_dq = _descend(
+            b_dq, b_q, b_dy, b_lse, b_delta, b_slope, p_k, p_v, base, o_query, o_first, o_last, i_key, keys, offset,
+            factor, KEY_HEADS, GROUPS, KEY_DIM, VALUE_DIM, BLOCK_K, BLOCK_V, BLOCK_N, PRECISION, BIASED, True
+        )  # fmt: skip
+    _store(p_dq, o_row, mask, b_dq * scale, KEY_DIM, BLOCK_K)
+
+
+@triton.jit
+def _gather(
+    b_dk,
+    b_dv,
+    b_k,
+    b_v,
+    o_key,
+    o_until,
+    p_dy,
+    p_q,
+    p_lse,
+    p_delta,
+    p_slopes,
+    i_row,
+    i_at,
+    tokens,
+    factor,
+    HEADS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    KEY_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EDGE: tl.constexpr,
+):
+    """One block of rows into dk (unscaled) and dv; scores lie as [keys, rows]."""
+    o_query, o_group, o_row, mask = _rows(i_row, tokens, HEADS, GROUPS, BLOCK_M)
+    if EDGE:
+        b_q = _load(p_q, o_row, mask, KEY_DIM, BLOCK_K)
+        b_dy = _load(p_dy, o_row, mask, VALUE_DIM, BLOCK_V)
+        b_lse = tl.load(p_lse + o_row, mask=mask, other=float("inf"))
+        b_delta = tl.load(p_delta + o_row, mask=mask, other=0.0)
+    else:
+        b_q = _load(p_q, o_row, None, KEY_DIM, BLOCK_K)
+        b_dy = _load(p_dy, o_row, None, VALUE_DIM, BLOCK_V)
+        b_lse = tl.load(p_lse + o_row)
+        b_delta = tl.load(p_delta + o_row)
+    b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * factor
+    if p_slopes is not None:
+        b_slope = _slopes(p_slopes, o_group, GROUPS)
+        b_bias, b_shift = _bias(b_slope, o_query, i_at, GROUPS, BLOCK_N, PRECISION)
+        b_s += tl.trans(b_bias)
+        b_lse -= b_shift
+    b_p = tl.exp2(b_s - b_lse[None, :])
+    if EDGE:
+        keep = (o_query[None, :] >= o_key[:, None]) & (o_query[None, :] < o_until[:, None])
+        b_p = tl.where(keep, b_p, 0.0)
+    b_dv = tl.dot(b_p.to(b_dy.dtype), b_dy, b_dv, input_precision=PRECISION)
+    b_dp = tl.dot(b_v, tl.trans(b_dy), input_precision=PRECISION)
+    b_ds = b_p * (b_dp - b_delta[None, :])
+    return tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION), b_dv
+
+
+@triton.jit
+def _backward_keys(
+    p_dy,
+    p_q,
+    p_k,
+    p_v,
+    p_lse,
+    p_delta,
+    p_until,
+    p_slopes,
+    p_reach,
+    p_dk,
+    p_dv,
+    tokens,
+    keys,
+    offset,
+    window,
+    factor,
+    scale,
+    HEADS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    KEY_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dk and dv of a block of keys, over all rows that keep one of them.
+
+    The key at position p is kept by queries max(p, 0) to min(until, p + window) - 1; `until` [B, T_k] is where the
+    documents end that see it.
+    """
+    KEY_HEADS: tl.constexpr = HEADS // GROUPS
+    i_key = tl.program_id(0) * BLOCK_N
+    i_batch = tl.program_id(2).to(tl.int64)
+    i_last = tl.minimum(i_key + BLOCK_N, keys) - 1
+    o_block = tl.arange(0, BLOCK_N)
+    m_key = o_block < keys - i_key
+    o_key = i_key + offset + o_block
+    o_until = o_key + window
+    stop, end = i_last + offset + window, i_key + offset + window
+    if p_until is not None:
+        p_until += i_batch * keys
+        o_until = tl.minimum(o_until, tl.load(p_until + i_key + o_block, mask=m_key, other=0))
+        stop = tl.minimum(stop, tl.load(p_until + i_last))
+        end = tl.minimum(end, tl.load(p_until + i_key))
+    if p_reach is not None:
+        reach = tl.load(p_reach + i_batch * tl.num_programs(1) + tl.program_id(1))
+        stop = tl.minimum(stop, i_last + offset + 1 + reach)
+    stop = tl.minimum(stop, tokens)
+    start = tl.minimum(tl.maximum(i_key + offset, 0), stop)
+    left, inner, inner_end, edges = _cut(
+        start * GROUPS, stop * GROUPS, tl.maximum(i_last + offset, 0) * GROUPS, end * GROUPS, BLOCK_M
+    )
+    p_block = (i_batch * keys + i_key) * KEY_HEADS + tl.program_id(1)
+    b_k = _load(p_k, p_block + o_block * KEY_HEADS, m_key, KEY_DIM, BLOCK_K)
+    b_v = _load(p_v, p_block + o_block * KEY_HEADS, m_key, VALUE_DIM, BLOCK_V)
+    b_dk = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    b_dv = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+    for i in range(0, edges):
+        i_row = tl.where(i < left, start * GROUPS + i * BLOCK_M, inner_end + (i - left) * BLOCK_M)
+        b_dk, b_dv = _gather(
+            b_dk, b_dv, b_k, b_v, o_key, o_until, p_dy, p_q, p_lse, p_delta, p_slopes, i_row, i_key + offset,
+            tokens, factor, HEADS, GROUPS, KEY_DIM, VALUE_DIM, BLOCK_K, BLOCK_V, BLOCK_M, BLOCK_N, PRECISION, True
+        )  # fmt: skip
+    for i_row in range(inner, inner_end, BLOCK_M):
+        b_dk, b_dv = _gather(
+            b_dk, b_dv, b_k, b_v, o_key, o_until, p_dy, p_q, p_lse, p_delta, p_slopes, i_row, i_key + offset,
+            tokens, factor, HEADS, GROUPS, KEY_DIM, VALUE_DIM, BLOCK_K, BLOCK_V, BLOCK_M, BLOCK_N, PRECISION, False
+        )  # fmt: skip
+    _store(p_dk, p_block + o_block * KEY_HEADS, m_key, b_dk * scale, KEY_DIM, BLOCK_K)
+    _store(p_dv, p_block + o_block * KEY_HEADS, m_key, b_dv, VALUE_DIM, BLOCK_V)
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    doc_start: Tensor | None,
+    slopes: Tensor | None,
+    window: int | None,
+    key_offset: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """(y [B, T, H, V], base-2 log-sum-exp of the scores [B, T, H]); see op.py."""
+    q, k, v, doc_start, slopes = _packed(q, k, v, doc_start, slopes)
+    batch, tokens, heads, _ = q.shape
+    y = q.new_empty(batch, tokens, heads, v.shape[3])
+    lse = q.new_empty(batch, tokens, heads, dtype=torch.float32)
+    with _on(q):
+        reach = None if slopes is None else _reach(q, k, slopes, scale)
+        tile, options = _launch("forward", q, k, v)
+        grid = (triton.cdiv(tokens * heads // k.shape[2], tile.rows), k.shape[2], batch)
+        sizes = _sizes(q, k, window, key_offset, scale)
+        _forward[grid](q, k, v, doc_start, slopes, reach, y, lse, *sizes, **options)
+    return y, lse
+
+
+def backward(
+    dy: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    y: Tensor,
+    lse: Tensor,
+    doc_start: Tensor | None,
+    slopes: Tensor | None,
+    window: int | None,
+    key_offset: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv); the scores are computed twice more, once for dq and once for dk and dv."""
+    dy, q, k, v, doc_start, slopes = _packed(dy, q, k, v, doc_start, slopes)
+    options = (doc_start, slopes, window, key_offset, scale)
+    with _on(q):
+        dq, delta = backward_queries(dy, q, k, v, y, lse, *options)
+        return dq, *backward_keys(dy, q, k, v, lse, delta, *options)
+
+
+def backward_queries(
+    dy: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    y: Tensor,
+    lse: Tensor,
+    doc_start: Tensor | None,
+    slopes: Tensor | None,
+    window: int | None,
+    key_offset: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """(dq, delta [B, T, H]) of contiguous inputs."""
+    dq, delta = torch.empty_like(q), torch.empty_like(lse)
+    reach = None if slopes is None else _reach(q, k, slopes, scale)
+    tile, options = _launch("dq", q, k, v)
+    grid = (triton.cdiv(q.shape[1] * q.shape[2] // k.shape[2], tile.rows), k.shape[2], q.shape[0])
+    sizes = _sizes(q, k, window, key_offset, scale)
+    _backward_queries[grid](dy, q, k, v, y, lse, doc_start, slopes, reach, dq, delta, *sizes, scale, **options)
+    return dq, delta
+
+
+def backward_keys(
+    dy: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    doc_start: Tensor | None,
+    slopes: Tensor | None,
+    window: int | None,
+    key_offset: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """(dk, dv) of contiguous inputs."""
+    dk, dv = torch.empty_like(k), torch.empty_like(v)
+    reach = None if slopes is None else _reach(q, k, slopes, scale)
+    until = None if doc_start is None else _until(doc_start, k.shape[1], key_offset)
+    tile, options = _launch("dkv", q, k, v)
+    grid = (triton.cdiv(k.shape[1], tile.keys), k.shape[2], q.shape[0])
+    sizes = _sizes(q, k, window, key_offset, scale)
+    _backward_keys[grid](dy, q, k, v, lse, delta, until, slopes, reach, dk, dv, *sizes, scale, **options)
+    return dk, dv
+
+
+def _sizes(q: Tensor, k: Tensor, window: int | None, key_offset: int, scale: float) -> tuple:
+    """The kernels' run-time numbers: tokens, keys, offset, window and the factor of base-2 scores."""
+    farthest = q.shape[1] - key_offset
+    return q.shape[1], k.shape[1], key_offset, farthest if window is None else min(window, farthest), scale * LOG2_E
+
+
+def _launch(work: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tile, dict[str, Any]]:
+    """The tile and what is compiled in."""
+    block_k, block_v = (max(16, triton.next_power_of_2(t.shape[3])) for t in (q, v))
+    groups = q.shape[2] // k.shape[2]
+    tile = tile_of(work, q.dtype, max(block_k, block_v), groups)
+    return tile, {
+        "HEADS": q.shape[2],
+        "GROUPS": groups,
+        "KEY_DIM": q.shape[3],
+        "VALUE_DIM": v.shape[3],
+        "BLOCK_K": block_k,
+        "BLOCK_V": block_v,
+        "BLOCK_M": tile.rows,
+        "BLOCK_N": tile.keys,
+        "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }
+
+
+def _reach(q: Tensor, k: Tensor, slopes: Tensor, scale: float) -> Tensor:
+    """int32 [B, Hkv]: at larger distances than this from its nearest key, no query of the group gives a weight.
+
+    Scores lie within +-bound = scale |q| |k| of 0, so a key `d` farther than another has a weight, relative to it, of
+    at most exp(2 bound - slope d).
+    """
+    q_norm, k_norm = (torch.linalg.vector_norm(t, dim=-1, dtype=torch.float32).amax(1) for t in (q, k))
+    groups = q.shape[2] // k.shape[2]
+    bound = 2 * scale * q_norm * k_norm.repeat_interleave(groups, 1) + NEGLIGIBLE / LOG2_E
+    far = torch.where(slopes > 0, bound / slopes, torch.inf).nan_to_num(torch.inf)
+    return far.clamp(max=2**29).ceil().view(q.shape[0], k.shape[2], groups).amax(2).to(torch.int32)
+
+
+def _until(doc_start: Tensor, keys: int, key_offset: int) -> Tensor:
+    """int32 [B, T_k]: the number of leading queries whose document begins at or before each key."""
+    positions = torch.arange(key_offset, keys + key_offset, dtype=torch.int32, device=doc_start.device)
+    positions = positions.expand(doc_start.shape[0], keys).contiguous()
+    return torch.searchsorted(doc_start, positions, right=True, out_int32=True)
+
+
+def _packed(*tensors: Tensor | None) -> list[Any]:
+    """The tensors laid out contiguously, as the kernels address them."""
+    return [None if t is None else t.contiguous() for t in tensors]
+
+
+def _on(tensor: Tensor) -> contextlib.AbstractContextManager:
+    """Launches inside go to the tensor's GPU; nothing to do for the interpreter, which cannot compute in bf16."""
+    if tensor.is_cuda:
+        return torch.cuda.device(tensor.device)
+    if tensor.dtype == torch.bfloat16:
+        raise ValueError("attention: Triton's interpreter computes bfloat16 products wrongly; use float16 or float32")
+    return contextlib.nullcontext()

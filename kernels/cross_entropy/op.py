@@ -1,0 +1,266 @@
+"""linear_cross_entropy as a differentiable op: checks, dispatch, autograd. The maths is in reference.py and kernel.py.
+
+Two ways. A summed loss computes its gradients in the forward pass, chunk by chunk, and the backward pass scales them:
+three matrix products. The pieces of a vocabulary slice, and a loss per row, keep only four numbers a row and compute
+the logits anew in the backward pass: four. Each pass is one custom operator, opaque to torch.compile.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from ..checks import check_tensor
+from ..dispatch import resolve
+from . import chunks, reference
+from .reference import Pieces
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "sum",
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+    soft_cap: float = 0.0,
+    implementation: str = "auto",
+) -> Tensor:
+    """The loss of `hidden @ weight.T` against the labels, in fp32, differentiable in hidden and weight.
+
+        l = soft_cap tanh(logits / soft_cap),   lse = log sum_j exp(l_j)
+        loss = lse - (1 - label_smoothing) l_label - label_smoothing mean_j(l_j) + z_loss lse^2
+
+    Logits are rounded to the dtype of hidden, as a linear layer's are; only a chunk of them exists at a time. A row
+    whose label is `ignore_index` has loss 0 and passes no gradient.
+
+    Args:
+        hidden: [N, D].
+        weight: [V, D] in hidden's dtype.
+        labels: int64 or int32 [N], each in [0, V) or `ignore_index`.
+        ignore_index: the label of rows that do not count; negative.
+        reduction: "sum" for a scalar, its gradients computed in the forward pass; "none" for [N].
+        z_loss: weight of lse^2.
+        label_smoothing: share of the target spread over all V tokens.
+        soft_cap: bound of the logits; 0 for none.
+        implementation: "auto", "reference" or "triton".
+    """
+    _check(hidden, weight, labels, soft_cap)
+    if reduction not in ("sum", "none"):
+        raise ValueError(f"reduction={reduction!r}, expected 'sum' or 'none'")
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing={label_smoothing}, expected at least 0 and less than 1")
+    if ignore_index >= 0:
+        raise ValueError(f"ignore_index={ignore_index}, expected a negative number, which no token has")
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_range(labels, weight.shape[0], ignore_index)
+    if reduction == "none" or not (torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)):
+        pieces = vocabulary_pieces(hidden, weight, labels, soft_cap=soft_cap, implementation=implementation)
+        losses = loss_from_pieces(
+            pieces,
+            labels,
+            weight.shape[0],
+            ignore_index=ignore_index,
+            z_loss=z_loss,
+            label_smoothing=label_smoothing,
+        )
+        return losses if reduction == "none" else losses.sum()
+    losses, _, _ = _forward(hidden, weight, labels, ignore_index, z_loss, label_smoothing, soft_cap, implementation)
+    return losses
+
+
+def vocabulary_pieces(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    vocab_start: int = 0,
+    soft_cap: float = 0.0,
+    implementation: str = "auto",
+) -> Pieces:
+    """(highest, total, target, spread), each [N]: what the softmax of a slice of the vocabulary adds to the loss.
+
+        highest = max_j l_j,   total = sum_j exp(l_j - highest),   target = l_label or 0,   spread = sum_j l_j
+
+    Of several slices, target and spread add up; with M the largest highest, so do total exp(highest - M): tensor
+    parallelism reduces them and hands (M, total, target, spread) to `loss_from_pieces`. Differentiable in hidden and
+    weight through total, target and spread; `highest` is a shift and passes none. The backward pass computes the
+    logits anew.
+
+    Args:
+        hidden: [N, D].
+        weight: [V, D], the slice's rows of the whole weight, in hidden's dtype.
+        labels: [N], over the whole vocabulary; other slices' labels, and negative ones, have target 0 here.
+        vocab_start: the slice's first token.
+        soft_cap: as in `linear_cross_entropy`.
+        implementation: "auto", "reference" or "triton".
+    """
+    _check(hidden, weight, labels, soft_cap)
+    # A label left of the slice becomes negative, whatever it was.
+    highest, total, target, spread = _pieces(hidden, weight, labels - vocab_start, soft_cap, implementation)
+    return highest, total, target, spread
+
+
+def loss_from_pieces(
+    pieces: Pieces,
+    labels: Tensor,
+    vocabulary: int,
+    *,
+    ignore_index: int = -100,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """Losses [N] of the pieces of a whole vocabulary of that many tokens; arguments as in `linear_cross_entropy`."""
+    return reference.loss(pieces, labels, vocabulary, ignore_index, z_loss, label_smoothing)
+
+
+def _check(hidden: Tensor, weight: Tensor, labels: Tensor, soft_cap: float) -> None:
+    check_tensor("hidden", hidden, (None, None))
+    check_tensor("weight", weight, (None, hidden.shape[1]), hidden)
+    if hidden.dtype != weight.dtype:
+        raise TypeError(f"hidden is {hidden.dtype} and weight {weight.dtype}, expected one dtype")
+    if labels.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"labels is {labels.dtype}, expected torch.int64 or torch.int32")
+    if labels.shape != hidden.shape[:1] or labels.device != hidden.device:
+        raise ValueError(
+            f"labels has shape {list(labels.shape)} on {labels.device}, expected [{hidden.shape[0]}] on {hidden.device}"
+        )
+    if soft_cap < 0:
+        raise ValueError(f"soft_cap={soft_cap}, expected a bound above 0, or 0 for none")
+
+
+def _check_range(labels: Tensor, vocabulary: int, ignore_index: int) -> None:
+    wrong = labels[((labels < 0) & (labels != ignore_index)) | (labels >= vocabulary)]
+    if wrong.numel():
+        raise ValueError(f"labels holds {int(wrong[0])}, expected [0, {vocabulary}) or ignore_index={ignore_index}")
+
+
+def _module(implementation: str, hidden: Tensor) -> ModuleType:
+    """reference.py or kernel.py, which hold the same functions."""
+    if resolve(implementation, "cross_entropy", hidden.device, hidden.dtype) == "reference":
+        return reference
+    from . import kernel
+
+    return kernel
+
+
+@torch.library.custom_op("longscan::linear_cross_entropy", mutates_args=())
+def _forward(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    ignored: int,
+    z_loss: float,
+    smoothing: float,
+    cap: float,
+    implementation: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    losses, dhidden, dweight = chunks.loss_and_gradients(
+        _module(implementation, hidden),
+        hidden.contiguous(),
+        weight.contiguous(),
+        labels.contiguous(),
+        ignored,
+        z_loss,
+        smoothing,
+        cap,
+    )
+    return losses.sum(), dhidden, dweight
+
+
+@torch.library.custom_op("longscan::scaled", mutates_args=())
+def _scaled(tensor: Tensor, factor: Tensor, like: Tensor) -> Tensor:
+    """tensor * factor in the dtype of `like`, in one pass."""
+    return torch.mul(tensor, factor, out=torch.empty_like(tensor, dtype=like.dtype))
+
+
+@torch.library.custom_op("longscan::vocabulary_pieces", mutates_args=())
+def _pieces(
+    hidden: Tensor, weight: Tensor, labels: Tensor, cap: float, implementation: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    softmax = _module(implementation, hidden)
+    return chunks.pieces(softmax, hidden.contiguous(), weight.contiguous(), labels.contiguous(), cap)
+
+
+@torch.library.custom_op("longscan::vocabulary_pieces_backward", mutates_args=())
+def _pieces_backward(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    highest: Tensor,
+    by_total: Tensor,
+    by_target: Tensor,
+    by_spread: Tensor,
+    cap: float,
+    implementation: str,
+) -> tuple[Tensor, Tensor]:
+    dhidden, dweight = chunks.pieces_gradients(
+        _module(implementation, hidden),
+        hidden.contiguous(),
+        weight.contiguous(),
+        labels.contiguous(),
+        highest,
+        by_total,
+        by_target,
+        by_spread,
+        cap,
+    )
+    return dhidden, dweight.to(weight.dtype) if dweight.dtype != weight.dtype else dweight
+
+
+@_forward.register_fake
+def _(hidden, weight, labels, ignored, z_loss, smoothing, cap, implementation):
+    wide = reference.compute_dtype(hidden)
+    return hidden.new_empty((), dtype=wide), _like(hidden), weight.new_empty(weight.shape, dtype=wide)
+
+
+@_scaled.register_fake
+def _(tensor, factor, like):
+    return torch.empty_like(tensor, dtype=like.dtype)
+
+
+@_pieces.register_fake
+def _(hidden, weight, labels, cap, implementation):
+    return tuple(hidden.new_empty(hidden.shape[:1], dtype=reference.compute_dtype(hidden)) for _ in range(4))
+
+
+@_pieces_backward.register_fake
+def _(hidden, weight, labels, highest, by_total, by_target, by_spread, cap, implementation):
+    return _like(hidden), _like(weight)
+
+
+def _like(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
+def _save(ctx, inputs, output):
+    hidden, weight = inputs[:2]
+    _, dhidden, dweight = output
+    # Else the backward pass is given zeros the size of both gradients.
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(hidden, weight, dhidden, dweight)
+
+
+def _gradients(ctx, dloss: Tensor | None, *_):
+    if dloss is None:
+        return (None,) * 8
+    hidden, weight, dhidden, dweight = ctx.saved_tensors
+    return _scaled(dhidden, dloss, hidden), _scaled(dweight, dloss, weight), *[None] * 6
+
+
+def _save_pieces(ctx, inputs, output):
+    hidden, weight, labels, ctx.cap, ctx.implementation = inputs
+    ctx.save_for_backward(hidden, weight, labels, output[0])
+
+
+def _pieces_gradients(ctx, _, by_total: Tensor, by_target: Tensor, by_spread: Tensor):
+    by = (by_total, by_target, by_spread)
+    return *_pieces_backward(*ctx.saved_tensors, *by, ctx.cap, ctx.implementation), None, None, None
+
+
+_forward.register_autograd(_gradients, setup_context=_save)
+_pieces.register_autograd(_pieces_gradients, setup_context=_save_pieces)

@@ -1,0 +1,76 @@
+"""Softmax statistics and cross-entropy gradients of a block of logits, in PyTorch; kernel.py holds the same functions.
+
+The logits arrive in the dtype of the hidden states; everything is computed in fp32 (fp64 for fp64 logits). With
+l = cap tanh(logit / cap), or the logit where cap is 0:
+
+    highest = max_j l_j,   total = sum_j exp(l_j - highest),   target = l_label,   spread = sum_j l_j
+    lse = highest + log(total)
+    loss = lse - (1 - e) target - e / V spread + z lse^2
+
+    dl_j = by_total exp(l_j - highest) + by_target [j = label] + by_spread
+    dlogit_j = dl_j (1 - (l_j / cap)^2)
+
+where by_x is the loss's derivative with respect to x while `highest` is held: lse does not depend on which shift its
+two parts were taken at. Label smoothing e: arXiv 1512.00567, section 7; z-loss: arXiv 2204.02311, section 5.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+Pieces = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def statistics(logits: Tensor, labels: Tensor, soft_cap: float) -> Pieces:
+    """(highest, total, target, spread) [n]; `target` is 0 where the label is not a column of these logits."""
+    scores = _capped(logits, soft_cap)
+    highest = scores.amax(1)
+    total = (scores - highest[:, None]).exp().sum(1)
+    inside = (labels >= 0) & (labels < logits.shape[1])
+    target = scores.gather(1, labels.where(inside, 0)[:, None]).squeeze(1).where(inside, 0)
+    return highest, total, target, scores.sum(1)
+
+
+def gradient_(
+    logits: Tensor, labels: Tensor, highest: Tensor, by_total: Tensor, by_target: Tensor, by_spread: Tensor, cap: float
+) -> None:
+    """Overwrites the logits by their gradient; by_total, by_target and by_spread are [n]."""
+    scores = _capped(logits, cap)
+    grad = (scores - highest[:, None]).exp() * by_total[:, None] + by_spread[:, None]
+    inside = (labels >= 0) & (labels < logits.shape[1])
+    grad.scatter_add_(1, labels.where(inside, 0)[:, None], by_target.where(inside, 0)[:, None].to(grad.dtype))
+    if cap:
+        grad *= 1 - (scores / cap) ** 2
+    logits.copy_(grad)
+
+
+def loss_and_gradient_(
+    logits: Tensor, labels: Tensor, ignored: int, z_loss: float, smoothing: float, cap: float
+) -> Tensor:
+    """Losses [n], 0 where the label is `ignored`; overwrites the logits by the gradient of the losses' sum."""
+    pieces = statistics(logits, labels, cap)
+    highest, total = pieces[:2]
+    kept = (labels != ignored).to(total.dtype)
+    by_total = kept * (1 + 2 * z_loss * (highest + total.log())) / total
+    by_spread = -kept * smoothing / logits.shape[1]
+    gradient_(logits, labels, highest, by_total, kept * (smoothing - 1), by_spread, cap)
+    return loss(pieces, labels, logits.shape[1], ignored, z_loss, smoothing)
+
+
+def loss(pieces: Pieces, labels: Tensor, vocabulary: int, ignored: int, z_loss: float, smoothing: float) -> Tensor:
+    """Losses [n] of the pieces of a whole vocabulary, 0 where the label is `ignored`."""
+    highest, total, target, spread = pieces
+    lse = highest + total.log()
+    losses = lse - (1 - smoothing) * target - smoothing / vocabulary * spread + z_loss * lse.square()
+    return losses.where(labels != ignored, 0)
+
+
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    """fp64 for fp64, else fp32."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def _capped(logits: Tensor, cap: float) -> Tensor:
+    wide = logits.to(compute_dtype(logits))
+    return cap * torch.tanh(wide / cap) if cap else wide
