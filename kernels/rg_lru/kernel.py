@@ -1,12 +1,13 @@
-"""The RG-LRU in Triton: gates, normaliser and scan in one kernel a pass; h, and nothing between, goes to memory.
+"""The RG-LRU in Triton: gates, normaliser and scan in one launch a pass; h, and nothing between, goes to memory.
 
-Cut and folded as linear_scan/kernel.py describes, whose helpers it shares: this is the plain version that reads its
-inputs twice where they exceed the L2 cache. The backward pass recomputes the gates; the gradient of a_param is summed
-piece by piece and then over pieces in a fixed order, without atomics, so bits repeat.
+Cut, walked and folded as linear_scan/kernel.py describes, whose helpers it shares. The backward pass recomputes the
+gates; the gradient of a_param is summed chunk by chunk and then over chunks by a second small launch in a fixed order,
+without atomics, so bits repeat. Padding has a closed recurrence gate: factor 1, input 0.
 """
 
 # The types of jitted functions and of their launches are beyond a type checker.
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false, reportArgumentType=false
+# pyright: reportOperatorIssue=false, reportAttributeAccessIssue=false
 
 from __future__ import annotations
 
@@ -15,34 +16,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..linear_scan.kernel import (
-    Plan,
-    entering,
-    fold_pieces,
-    on,
-    packed,
-    per_piece,
-    per_row,
-    piece_span,
-    plan,
-    vector,
-)
-from .reference import DECAY_SCALE, SQRT_GUARD, _rate
+from ..linear_scan.kernel import Cut, Tile, entering, on, packed, place, vector
+from .reference import DECAY_SCALE, SQRT_GUARD
 
 GUARD = tl.constexpr(SQRT_GUARD)
+SCALE = tl.constexpr(DECAY_SCALE)
+CLOSED = tl.constexpr(float("-inf"))
+
+FORWARD = Tile(rows=8, steps=4, block=64, group=16, warps=8)
+BACKWARD = Tile(rows=4, steps=8, block=64, group=16, warps=4)
 
 
 @triton.jit
 def _expm1(x):
-    """exp(x) - 1 for x <= 0, to 1e-7 of itself: a Taylor polynomial above -0.5, where the difference would cancel."""
-    near = 1.0 / 5040 + x * (1.0 / 40320)
-    near = 1.0 / 720 + x * near
-    near = 1.0 / 120 + x * near
-    near = 1.0 / 24 + x * near
+    """exp(x) - 1 for x <= 0, to 5e-7 of itself: a Taylor polynomial above -1/8, where the difference would cancel."""
+    near = 1.0 / 24 + x * (1.0 / 120)
     near = 1.0 / 6 + x * near
     near = 0.5 + x * near
     near = x + x * x * near
-    return tl.where(x > -0.5, near, tl.exp(x) - 1.0)
+    return tl.where(x > -0.125, near, tl.exp(x) - 1.0)
 
 
 @triton.jit
@@ -51,192 +43,228 @@ def _sigmoid(x):
 
 
 @triton.jit
-def _load(pointer, at, o_d, mask, width):
-    return tl.load(pointer + at * width + o_d, mask=mask, other=0.0).to(tl.float32)
+def _rate(p_a_param, o_d, mask):
+    """[1, D]: log_a at an open recurrence gate, -8 softplus(a_param); log(1 + z) = 2 atanh(z / (2 + z)), z <= 1."""
+    b = tl.load(p_a_param + o_d, mask=mask, other=0.0).to(tl.float32)
+    z = tl.exp(-tl.abs(b))
+    s = z / (2.0 + z)
+    q = s * s
+    series = 1.0 / 13 + q * (1.0 / 15)
+    series = 1.0 / 11 + q * series
+    series = 1.0 / 9 + q * series
+    series = 1.0 / 7 + q * series
+    series = 1.0 / 5 + q * series
+    series = 1.0 / 3 + q * series
+    return ((tl.maximum(b, 0.0) + 2.0 * s * (1.0 + q * series)) * -SCALE)[None, :]
 
 
 @triton.jit
-def _decay(p_gate_a, p_resets, b_rate, at, o_d, mask, width):
-    """(r, e): the recurrence gate and a - 1, which is -1 at a document's first token."""
-    b_r = _sigmoid(_load(p_gate_a, at, o_d, mask, width))
-    b_e = _expm1(b_rate * b_r)
-    if p_resets is not None:
-        b_e = tl.where(tl.load(p_resets + at) != 0, -1.0, b_e)
-    return b_r, b_e
-
-
-@triton.jit
-def _summary(
-    p_x, p_gate_a, p_gate_x, p_rate, p_resets, p_state, p_transition, tokens, width, piece, BLOCK_D: tl.constexpr
-):
-    """[B, pieces, D] twice: the state a piece leaves from zero, and the product of its factors."""
-    o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    mask = o_d < width
-    first, count, step = piece_span(tokens, piece, False)
-    row = tl.program_id(2).to(tl.int64) * tokens
-    b_rate = tl.load(p_rate + o_d, mask=mask, other=0.0)
-    b_state = tl.zeros([BLOCK_D], tl.float32)
-    b_transition = tl.zeros([BLOCK_D], tl.float32) + 1.0
-    for i in tl.range(0, count, num_stages=4):
-        at = row + first + i * step
-        b_r, b_e = _decay(p_gate_a, p_resets, b_rate, at, o_d, mask, width)
-        b_i = _sigmoid(_load(p_gate_x, at, o_d, mask, width))
-        b_u = tl.sqrt(-b_e * (2.0 + b_e)) * b_i * _load(p_x, at, o_d, mask, width)
-        b_state = (1.0 + b_e) * b_state + b_u
-        b_transition *= 1.0 + b_e
-    out = (tl.program_id(2).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * width + o_d
-    tl.store(p_state + out, b_state, mask=mask)
-    tl.store(p_transition + out, b_transition, mask=mask)
-
-
-@triton.jit
-def _summary_reverse(
-    p_dh, p_gate_a, p_rate, p_resets, p_state, p_transition, tokens, width, piece, BLOCK_D: tl.constexpr
-):
-    """[B, pieces, D] twice: the gradient a piece hands to its left from none on its right, and its factors' product."""
-    o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    mask = o_d < width
-    first, count, step = piece_span(tokens, piece, True)
-    row = tl.program_id(2).to(tl.int64) * tokens
-    b_rate = tl.load(p_rate + o_d, mask=mask, other=0.0)
-    b_state = tl.zeros([BLOCK_D], tl.float32)
-    b_transition = tl.zeros([BLOCK_D], tl.float32) + 1.0
-    for i in tl.range(0, count, num_stages=4):
-        at = row + first + i * step
-        b_r, b_e = _decay(p_gate_a, p_resets, b_rate, at, o_d, mask, width)
-        if p_dh is not None:
-            b_state += _load(p_dh, at, o_d, mask, width)
-        b_state *= 1.0 + b_e
-        b_transition *= 1.0 + b_e
-    out = (tl.program_id(2).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * width + o_d
-    tl.store(p_state + out, b_state, mask=mask)
-    tl.store(p_transition + out, b_transition, mask=mask)
-
-
-@triton.jit
-def _walk_forward(
+def _forward(
     p_x,
     p_gate_a,
     p_gate_x,
-    p_rate,
+    p_a_param,
     p_resets,
     p_initial,
-    p_state,
-    p_transition,
+    p_words,
     p_h,
     p_final,
+    p_transition,
+    batch,
     tokens,
     width,
-    piece,
+    groups,
+    ROWS: tl.constexpr,
+    STEPS: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
-    o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    i_chunk, i_row, o_d = place(p_words, batch, width, groups, GROUP, BLOCK_D)
     mask = o_d < width
-    first, count, step = piece_span(tokens, piece, False)
-    row = tl.program_id(2).to(tl.int64) * tokens
-    b_rate = tl.load(p_rate + o_d, mask=mask, other=0.0)
-    b_h = entering(p_state, p_transition, vector(p_initial, o_d, mask, width), o_d, mask, width, False)
-    for i in tl.range(0, count, num_stages=4):
-        at = row + first + i * step
-        b_r, b_e = _decay(p_gate_a, p_resets, b_rate, at, o_d, mask, width)
-        b_i = _sigmoid(_load(p_gate_x, at, o_d, mask, width))
-        b_u = tl.sqrt(-b_e * (2.0 + b_e)) * b_i * _load(p_x, at, o_d, mask, width)
-        b_h = (1.0 + b_e) * b_h + b_u
-        tl.store(p_h + at * width + o_d, b_h.to(p_h.dtype.element_ty), mask=mask)
-    if tl.program_id(0) == tl.num_programs(0) - 1:
-        tl.store(p_final + tl.program_id(2).to(tl.int64) * width + o_d, b_h, mask=mask)
+    o_row = tl.arange(0, ROWS)
+    first = i_chunk * (ROWS * STEPS)
+    at = i_row * tokens + first
+    p_x += at * width
+    p_gate_a += at * width
+    p_gate_x += at * width
+    o = (o_row * STEPS * width)[:, None] + o_d[None, :]
+    xs, gates_a, gates_x = (), (), ()
+    for step in tl.static_range(STEPS):
+        kept = (o_row * STEPS + step < tokens - first)[:, None] & mask[None, :]
+        gates_a += (tl.load(p_gate_a + step * width + o, mask=kept, other=CLOSED),)
+        gates_x += (tl.load(p_gate_x + step * width + o, mask=kept, other=0.0),)
+        xs += (tl.load(p_x + step * width + o, mask=kept, other=0.0),)
+    b_rate = _rate(p_a_param, o_d, mask)
+    b_decay = tl.full([ROWS, BLOCK_D], 1.0, tl.float32)
+    b_state = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    factors, inputs = (), ()
+    for step in tl.static_range(STEPS):
+        b_e = _expm1(b_rate * _sigmoid(gates_a[step].to(tl.float32)))
+        if p_resets is not None:
+            o_t = o_row * STEPS + step
+            b_reset = tl.load(p_resets + at + o_t, mask=o_t < tokens - first, other=0)
+            b_e = tl.where(b_reset[:, None] != 0, -1.0, b_e)
+        b_u = tl.sqrt(-b_e * (2.0 + b_e)) * _sigmoid(gates_x[step].to(tl.float32)) * xs[step].to(tl.float32)
+        b_a = 1.0 + b_e
+        b_decay *= b_a
+        b_state = b_a * b_state + b_u
+        factors += (b_a,)
+        inputs += (b_u,)
+    b_h, b_all_decay, b_all_state = entering(
+        p_words, p_initial, i_chunk, i_row, b_decay, b_state, o_d, mask, width, groups, ROWS, GROUP
+    )
+    ends = (o_row == ROWS - 1) & (first + ROWS * STEPS >= tokens)
+    o_end = i_row * width + o_d[None, :] + o_row[:, None] * 0
+    if p_h is not None:
+        p_h += at * width
+        for step in tl.static_range(STEPS):
+            b_h = factors[step] * b_h + inputs[step]
+            kept = (o_row * STEPS + step < tokens - first)[:, None] & mask[None, :]
+            tl.store(p_h + step * width + o, b_h.to(p_h.dtype.element_ty), mask=kept)
+        tl.store(p_final + o_end, b_h, mask=ends[:, None] & mask[None, :])
+    else:
+        tl.store(p_final + o_end, b_all_state, mask=ends[:, None] & mask[None, :])
+        tl.store(p_transition + o_end, b_all_decay, mask=ends[:, None] & mask[None, :])
 
 
 @triton.jit
-def _walk_backward(
+def _backward(
     p_dh,
     p_dfinal,
     p_extra,
     p_x,
     p_gate_a,
     p_gate_x,
-    p_rate,
+    p_a_param,
     p_resets,
     p_h,
     p_initial,
-    p_state,
-    p_transition,
+    p_words,
     p_dx,
     p_dgate_a,
     p_dgate_x,
     p_drate,
     p_dinitial,
+    batch,
     tokens,
     width,
-    piece,
+    groups,
+    ROWS: tl.constexpr,
+    STEPS: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
-    """The gradients of reference.py's `backward`; b_state is the gradient that token t + 1 hands to h_t."""
-    o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    """The gradients of reference.py's `backward`, from the last token to the first.
+
+    The state walked is the gradient that token t + 1 hands to h_t. `p_drate` is [B, chunks, D].
+    """
+    i_chunk, i_row, o_d = place(p_words, batch, width, groups, GROUP, BLOCK_D)
     mask = o_d < width
-    first, count, step = piece_span(tokens, piece, True)
-    row = tl.program_id(2).to(tl.int64) * tokens
-    b_rate = tl.load(p_rate + o_d, mask=mask, other=0.0)
-    b_initial = vector(p_initial, o_d, mask, width)
-    b_extra = vector(p_extra, o_d, mask, width)
-    b_state = entering(p_state, p_transition, vector(p_dfinal, o_d, mask, width), o_d, mask, width, True)
-    b_drate = tl.zeros([BLOCK_D], tl.float32)
-    for i in tl.range(0, count, num_stages=4):
-        t = first + i * step
-        at = row + t
-        b_r, b_e = _decay(p_gate_a, p_resets, b_rate, at, o_d, mask, width)
-        b_a = 1.0 + b_e
-        b_i = _sigmoid(_load(p_gate_x, at, o_d, mask, width))
-        b_x = _load(p_x, at, o_d, mask, width)
-        b_before = tl.load(p_h + (at - 1) * width + o_d, mask=mask & (t > 0), other=0.0).to(tl.float32)
-        b_before = tl.where(t > 0, b_before, b_initial)
+    o_row = tl.arange(0, ROWS)
+    first = tokens - 1 - i_chunk * (ROWS * STEPS)
+    at = i_row * tokens + first
+    p_x += at * width
+    p_gate_a += at * width
+    p_gate_x += at * width
+    p_h += at * width
+    if p_dh is not None:
+        p_dh += at * width
+    o = o_d[None, :] - (o_row * STEPS * width)[:, None]
+    dhs, xs, gates_a, gates_x, befores = (), (), (), (), ()
+    for step in tl.static_range(STEPS):
+        o_t = o_row * STEPS + step
+        kept = (o_t <= first)[:, None] & mask[None, :]
+        gates_a += (tl.load(p_gate_a - step * width + o, mask=kept, other=CLOSED),)
+        if p_dh is not None:
+            dhs += (tl.load(p_dh - step * width + o, mask=kept, other=0.0),)
+    for step in tl.static_range(STEPS):
+        o_t = o_row * STEPS + step
+        kept = (o_t <= first)[:, None] & mask[None, :]
+        inside = (o_t < first)[:, None] & mask[None, :]
+        gates_x += (tl.load(p_gate_x - step * width + o, mask=kept, other=0.0),)
+        xs += (tl.load(p_x - step * width + o, mask=kept, other=0.0),)
+        befores += (tl.load(p_h - (step + 1) * width + o, mask=inside, other=0.0),)
+    b_rate = _rate(p_a_param, o_d, mask)
+    b_decay = tl.full([ROWS, BLOCK_D], 1.0, tl.float32)
+    b_state = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    walked = ()
+    for step in tl.static_range(STEPS):
+        b_e = _expm1(b_rate * _sigmoid(gates_a[step].to(tl.float32)))
+        if p_resets is not None:
+            o_t = o_row * STEPS + step
+            b_reset = tl.load(p_resets + at - o_t, mask=o_t <= first, other=0)
+            b_e = tl.where(b_reset[:, None] != 0, -1.0, b_e)
+        b_decay *= 1.0 + b_e
+        if p_dh is not None:
+            b_state += dhs[step].to(tl.float32)
+        b_state *= 1.0 + b_e
+        walked += (b_e,)
+    b_state, _, _ = entering(p_words, p_dfinal, i_chunk, i_row, b_decay, b_state, o_d, mask, width, groups, ROWS, GROUP)
+    b_initial = vector(p_initial, i_row, o_d, mask, width)
+    b_extra = vector(p_extra, i_row, o_d, mask, width)
+    b_drate = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    p_dx += at * width
+    p_dgate_a += at * width
+    p_dgate_x += at * width
+    for step in tl.static_range(STEPS):
+        o_t = o_row * STEPS + step
+        kept = (o_t <= first)[:, None] & mask[None, :]
         b_du = b_state
         if p_dh is not None:
-            b_du += _load(p_dh, at, o_d, mask, width)
+            b_du += dhs[step].to(tl.float32)
+        b_e = walked[step]
+        b_a = 1.0 + b_e
         b_state = b_a * b_du
+        b_before = befores[step].to(tl.float32)
+        if p_initial is not None:
+            b_before = tl.where((o_t == first)[:, None], b_initial, b_before)
+        b_i = _sigmoid(gates_x[step].to(tl.float32))
         b_square = -b_e * (2.0 + b_e)
         b_m = tl.sqrt(b_square)
-        b_dm = b_du * b_i * b_x
-        b_slope = 1.0 / tl.sqrt(tl.maximum(4.0 * b_square, GUARD))
+        b_into_x = b_du * b_i
+        b_dm = b_into_x * xs[step].to(tl.float32)
+        b_slope = tl.rsqrt(tl.maximum(4.0 * b_square, GUARD))
         b_dlog_a = b_state * b_before - 2.0 * b_a * b_a * b_slope * b_dm + b_extra
-        b_drate += b_dlog_a * b_r
-        b_dx = b_du * b_m * b_i
+        b_r = _sigmoid(gates_a[step].to(tl.float32))
+        b_dr = b_dlog_a * b_r
+        b_drate += b_dr
+        b_dgate_a = b_dr * b_rate * (1.0 - b_r)
         b_dgate_x = b_dm * b_m * (1.0 - b_i)
-        b_dgate_a = b_dlog_a * b_rate * b_r * (1.0 - b_r)
-        tl.store(p_dx + at * width + o_d, b_dx.to(p_dx.dtype.element_ty), mask=mask)
-        tl.store(p_dgate_x + at * width + o_d, b_dgate_x.to(p_dgate_x.dtype.element_ty), mask=mask)
-        tl.store(p_dgate_a + at * width + o_d, b_dgate_a.to(p_dgate_a.dtype.element_ty), mask=mask)
-    out = (tl.program_id(2).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * width + o_d
-    tl.store(p_drate + out, b_drate, mask=mask)
-    if tl.program_id(0) == 0:
-        tl.store(p_dinitial + tl.program_id(2).to(tl.int64) * width + o_d, b_state, mask=mask)
+        tl.store(p_dx - step * width + o, (b_into_x * b_m).to(p_dx.dtype.element_ty), mask=kept)
+        tl.store(p_dgate_x - step * width + o, b_dgate_x.to(p_dgate_x.dtype.element_ty), mask=kept)
+        tl.store(p_dgate_a - step * width + o, b_dgate_a.to(p_dgate_a.dtype.element_ty), mask=kept)
+    chunks = tl.cdiv(tokens, ROWS * STEPS)
+    tl.store(p_drate + (i_row * chunks + i_chunk) * width + o_d, tl.sum(b_drate, 0), mask=mask)
+    ends = (o_row == ROWS - 1) & (first < ROWS * STEPS)
+    o_end = i_row * width + o_d[None, :] + o_row[:, None] * 0
+    tl.store(p_dinitial + o_end, b_state, mask=ends[:, None] & mask[None, :])
+
+
+@triton.jit
+def _sum_rates(p_drate, p_a_param, p_da_param, parts, width, PARTS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The gradient of a_param [D] from those of the rate [parts, D], of which PARTS are loaded at a time."""
+    o_d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask = o_d < width
+    o_part = tl.arange(0, PARTS)[:, None]
+    o = o_part.to(tl.int64) * width + o_d[None, :]
+    b_sum = tl.zeros([PARTS, BLOCK_D], tl.float32)
+    for begin in tl.range(0, parts, PARTS):
+        b_sum += tl.load(p_drate + o, mask=(o_part < parts - begin) & mask[None, :], other=0.0)
+        p_drate += PARTS * width
+    b_slope = _sigmoid(tl.load(p_a_param + o_d, mask=mask, other=0.0).to(tl.float32)) * -SCALE
+    tl.store(p_da_param + o_d, (tl.sum(b_sum, 0) * b_slope).to(p_da_param.dtype.element_ty), mask=mask)
 
 
 def forward(
     x: Tensor, gate_a: Tensor, gate_x: Tensor, a_param: Tensor, initial: Tensor | None, resets: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """(h, final_state); see op.py."""
-    cut, rate = plan(*x.shape), _rate(a_param, torch.float32)
-    x, gate_a, gate_x, initial, resets = packed(x, gate_a, gate_x, initial, resets)
-    h, final = torch.empty_like(x), per_row(cut, x)
+    cut = Cut(FORWARD, *x.shape)
+    x, gate_a, gate_x, a_param, initial, resets = packed(x, gate_a, gate_x, a_param, initial, resets)
+    h, final = torch.empty_like(x), cut.per_row(x)
+    inputs = (x, gate_a, gate_x, a_param, resets, initial, cut.words(x))
     with on(x):
-        summaries = _summaries(cut, x, gate_a, gate_x, rate, resets)
-        _walk_forward[cut.grid](
-            x,
-            gate_a,
-            gate_x,
-            rate,
-            resets,
-            initial,
-            *summaries,
-            h,
-            final,
-            cut.tokens,
-            cut.width,
-            cut.piece,
-            BLOCK_D=cut.block,
-            num_warps=2,
-        )
+        _forward[cut.grid](*inputs, h, final, None, *cut.sizes, **cut.constants)
     return h, final
 
 
@@ -244,10 +272,13 @@ def summarize(
     x: Tensor, gate_a: Tensor, gate_x: Tensor, a_param: Tensor, resets: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """(state, transition); see op.py."""
-    cut, rate = plan(*x.shape), _rate(a_param, torch.float32)
-    x, gate_a, gate_x, resets = packed(x, gate_a, gate_x, resets)
+    cut = Cut(FORWARD, *x.shape)
+    x, gate_a, gate_x, a_param, resets = packed(x, gate_a, gate_x, a_param, resets)
+    state, transition = cut.per_row(x), cut.per_row(x)
+    inputs = (x, gate_a, gate_x, a_param, resets, None, cut.words(x))
     with on(x):
-        return fold_pieces(cut, *_summaries(cut, x, gate_a, gate_x, rate, resets))
+        _forward[cut.grid](*inputs, None, state, transition, *cut.sizes, **cut.constants)
+    return state, transition
 
 
 def backward(
@@ -263,58 +294,17 @@ def backward(
     resets: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(dx, dgate_a, dgate_x, da_param, dinitial); arguments as in reference.py."""
-    cut, rate = plan(*x.shape), _rate(a_param, torch.float32)
-    dh, dfinal, extra, x, gate_a, gate_x, h, initial, resets = packed(
-        dh, dfinal, extra, x, gate_a, gate_x, h, initial, resets
+    cut = Cut(BACKWARD, *x.shape)
+    dh, dfinal, extra, x, gate_a, gate_x, a_param, h, initial, resets = packed(
+        dh, dfinal, extra, x, gate_a, gate_x, a_param, h, initial, resets
     )
-    dx, dgate_a, dgate_x = (torch.empty_like(t) for t in (x, gate_a, gate_x))
-    drate, dinitial = per_piece(cut, x), per_row(cut, x)
-    state, transition = per_piece(cut, x), per_piece(cut, x)
+    dx, dgate_a, dgate_x, da_param = (torch.empty_like(t) for t in (x, gate_a, gate_x, a_param))
+    drate = torch.empty(cut.batch * cut.chunks, cut.width, dtype=torch.float32, device=x.device)
+    dinitial = cut.per_row(x)
+    inputs = (dh, dfinal, extra, x, gate_a, gate_x, a_param, resets, h, initial, cut.words(x))
     with on(x):
-        shape = (cut.tokens, cut.width, cut.piece)
-        _summary_reverse[cut.grid](dh, gate_a, rate, resets, state, transition, *shape, BLOCK_D=cut.block, num_warps=2)
-        _walk_backward[cut.grid](
-            dh,
-            dfinal,
-            extra,
-            x,
-            gate_a,
-            gate_x,
-            rate,
-            resets,
-            h,
-            initial,
-            state,
-            transition,
-            dx,
-            dgate_a,
-            dgate_x,
-            drate,
-            dinitial,
-            *shape,
-            BLOCK_D=cut.block,
-            num_warps=2,
+        _backward[cut.grid](*inputs, dx, dgate_a, dgate_x, drate, dinitial, *cut.sizes, **cut.constants)
+        _sum_rates[(triton.cdiv(cut.width, 16),)](
+            drate, a_param, da_param, drate.shape[0], cut.width, PARTS=128, BLOCK_D=16, num_warps=4
         )
-    da_param = drate.sum((0, 1)) * (-DECAY_SCALE * torch.sigmoid(a_param.float()))
-    return dx, dgate_a, dgate_x, da_param.to(a_param.dtype), dinitial
-
-
-def _summaries(
-    cut: Plan, x: Tensor, gate_a: Tensor, gate_x: Tensor, rate: Tensor, resets: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    state, transition = per_piece(cut, x), per_piece(cut, x)
-    _summary[cut.grid](
-        x,
-        gate_a,
-        gate_x,
-        rate,
-        resets,
-        state,
-        transition,
-        cut.tokens,
-        cut.width,
-        cut.piece,
-        BLOCK_D=cut.block,
-        num_warps=2,
-    )
-    return state, transition
+    return dx, dgate_a, dgate_x, da_param, dinitial

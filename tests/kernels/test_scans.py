@@ -126,10 +126,13 @@ def test_kernel_at_500_tokens(device):
 
 
 def cut_short(monkeypatch) -> None:
-    """Lets the kernels cut pieces of 4 tokens, so that a short row has several."""
-    from longscan.kernels.linear_scan import kernel
+    """Lets the kernels cut chunks of 4 tokens and groups of 2 chunks, so that a short row has several."""
+    from longscan.kernels.linear_scan import kernel as scan
+    from longscan.kernels.rg_lru import kernel as gated
 
-    monkeypatch.setattr(kernel, "SHORTEST_PIECE", 4)
+    for module in (scan, gated):
+        for tile in ("FORWARD", "BACKWARD"):
+            monkeypatch.setattr(module, tile, scan.Tile(rows=2, steps=2, block=16, group=2, warps=2))
 
 
 @both_ops
