@@ -1,6 +1,6 @@
 """Records one measured figure: a JSON object a line in `benchmarks/results/<bench>-<device>.jsonl`, and on the screen.
 
-    from .record import record   # in a benchmark, which is run as `python -m benchmarks.<bench>`
+from .record import record   # in a benchmark, which is run as `python -m benchmarks.<bench>`
 """
 
 from __future__ import annotations
