@@ -132,7 +132,7 @@ def cut_short(monkeypatch) -> None:
 
     for module in (scan, gated):
         for tile in ("FORWARD", "BACKWARD"):
-            monkeypatch.setattr(module, tile, scan.Tile(rows=2, steps=2, block=16, group=2, warps=2))
+            monkeypatch.setattr(module, tile, scan.Tile(rows=2, steps=2, block=16, warps=2, programs=2))
 
 
 @both_ops
