@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
-from functools import lru_cache, partial
+from functools import partial
 from multiprocessing import get_context
 from typing import NamedTuple
 
@@ -17,14 +17,18 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from longscan.kernels import attention
-from longscan.kernels.attention import kernel
+from longscan.kernels import Segments, attention
+from longscan.kernels.attention import kernel, reference
+from longscan.kernels.attention.scoring import Scoring
 
 from .gpu_timing import Work, milliseconds
 
 
 class Case(NamedTuple):
-    """A shape of the table: key heads are `key_heads`; no window means all earlier keys."""
+    """A shape of the table: no window means all earlier keys, `document` is the length of each of a row's documents.
+
+    Slopes are ALiBi's, 2^(-8 / H) to 2^-8 ("geometric"), or so small that no key is out of reach ("flat").
+    """
 
     batch: int
     tokens: int
@@ -32,43 +36,62 @@ class Case(NamedTuple):
     key_heads: int
     dim: int
     window: int | None = None
-    alibi: bool = False
+    slopes: str | None = None
+    document: int | None = None
+    peers: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
         """As the table prints it."""
         kind = "causal" if self.window is None else f"window {self.window}"
-        bias = " ALiBi" if self.alibi else ""
-        return (
-            f"attention {kind}{bias} B {self.batch} T {self.tokens} H {self.heads}/{self.key_heads} K {self.dim} bf16"
-        )
+        bias = {None: "", "geometric": " ALiBi", "flat": " flat ALiBi"}[self.slopes]
+        documents = f" documents {self.document}" if self.document else ""
+        sizes = f"B {self.batch} T {self.tokens} H {self.heads}/{self.key_heads} K {self.dim}"
+        return f"attention {kind}{bias}{documents} {sizes} bf16"
 
     @property
     def pairs(self) -> int:
         """Query-key pairs of one row and head."""
-        reach = min(self.window or self.tokens, self.tokens)
-        return reach * (reach + 1) // 2 + (self.tokens - reach) * reach
+        length = self.document or self.tokens
+        reach = min(self.window or length, length)
+        return self.tokens // length * (reach * (reach + 1) // 2 + (length - reach) * reach)
 
     @property
     def flops(self) -> int:
         """Of one matrix product over all pairs and heads."""
         return 2 * self.batch * self.heads * self.pairs * self.dim
 
+    def alibi_slopes(self) -> Tensor | None:
+        """fp32 [H] or None."""
+        exponents = torch.arange(1, self.heads + 1, device="cuda") * (-8 / self.heads)
+        return {None: None, "geometric": exponents.exp2(), "flat": (exponents - 40).exp2()}[self.slopes]
 
+    def segments(self) -> Segments | None:
+        """Documents of equal length, or None."""
+        if self.document is None:
+            return None
+        return Segments.from_lengths([[self.document] * (self.tokens // self.document)] * self.batch, device="cuda")
+
+
+LONG = (1, 32768, 16, 16, 128)
+# FlexAttention compiles for 10 to 20 s a case, so few have it.
 CASES = (
-    Case(1, 32768, 10, 1, 256, 1024),
+    Case(1, 32768, 10, 1, 256, 1024, peers=("flex",)),
     Case(8, 2048, 10, 1, 256, 1024),
-    Case(1, 32768, 16, 1, 128, 2048),
-    Case(1, 32768, 16, 1, 64, 64),
-    Case(1, 32768, 16, 16, 128, None, True),
-    Case(8, 2048, 16, 16, 128, None, True),
-    Case(1, 32768, 16, 16, 128),
+    Case(1, 32768, 16, 1, 128, 2048, peers=("flex",)),
+    Case(1, 32768, 16, 1, 64, 64, peers=("flex",)),
+    Case(*LONG, slopes="geometric", peers=("flex", "cudnn, no bias")),
+    Case(*LONG, slopes="flat", peers=("cudnn, no bias",)),
+    Case(8, 2048, 16, 16, 128, slopes="geometric", peers=("cudnn, no bias",)),
+    Case(*LONG, document=4096, peers=("flex",)),
+    Case(*LONG, peers=("triton", "flash", "cudnn")),
+    Case(8, 2048, 16, 16, 128, peers=("triton", "cudnn")),
+    Case(1, 32768, 16, 1, 128, peers=("triton", "cudnn")),
+    Case(1, 32768, 16, 16, 64, peers=("triton", "cudnn")),
+    *(Case(1, tokens, 16, 1, 128, 2048) for tokens in (2048, 8192, 131072)),
+    *(Case(1, tokens, 16, 16, 128, slopes="geometric") for tokens in (2048, 8192, 131072)),
+    *(Case(1, tokens, 16, 16, 128) for tokens in (2048, 8192, 131072)),
 )
-
-
-def slopes(heads: int) -> Tensor:
-    """ALiBi's geometric slopes, 2^(-8 / H) to 2^-8."""
-    return torch.tensor([2.0 ** (-8 * (h + 1) / heads) for h in range(heads)], device="cuda")
 
 
 def inputs_of(case: Case) -> list[Tensor]:
@@ -91,35 +114,39 @@ def works(cases: Iterable[Case] = CASES) -> Iterable[Work]:
             forward_flops=2 * case.flops,
             both_flops=7 * case.flops,
         )
-        bias = slopes(case.heads) if case.alibi else None
-        yield make(partial(attention, window=case.window, alibi_slopes=bias, implementation="triton"))
-        yield make(flex(case), impl="FlexAttention")
-        if case.window is None:
-            for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
-                note = ", no bias" if case.alibi else ""
-                yield make(partial(dense, backend=backend), impl=f"SDPA {backend.name.split('_')[0].lower()}{note}")
+        ours = partial(attention, segments=case.segments(), window=case.window, alibi_slopes=case.alibi_slopes())
+        yield make(ours)
+        for peer in case.peers:
+            if peer == "flex":
+                yield make(flex(case), impl="FlexAttention")
+            elif peer == "triton":
+                yield make(partial(ours, implementation="triton"), impl="longscan, implementation=triton")
+            else:
+                yield make(partial(dense, backend=BACKENDS[peer.split(",")[0]]), impl=f"SDPA {peer}")
+
+
+BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, backend: SDPBackend) -> Tensor:
     """Causal attention by one of PyTorch's own kernels."""
     with sdpa_kernel(backend):
-        heads_first = (t.transpose(1, 2) for t in (q, k, v))
-        y = torch.nn.functional.scaled_dot_product_attention(*heads_first, is_causal=True)
+        query, key, value = (t.transpose(1, 2) for t in (q, k, v))
+        shared = q.shape[2] != k.shape[2]
+        y = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=shared)
     return y.transpose(1, 2)
-
-
-@lru_cache
-def _compiled() -> Callable[..., Tensor]:
-    return torch.compile(flex_attention)
 
 
 def flex(case: Case) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """The case by FlexAttention, compiled for it; its block mask is made here and not timed."""
-    bias = slopes(case.heads) if case.alibi else None
-    window = case.window or case.tokens
+    bias = case.alibi_slopes()
+    window, document = case.window or case.tokens, case.document or case.tokens
+    # Past a few shapes PyTorch would run it uncompiled.
+    torch.compiler.reset()
+    compiled = torch.compile(flex_attention, dynamic=False)
 
     def keep(b, h, i, j):
-        return (i >= j) & (i - j < window)
+        return (i >= j) & (i - j < window) & (i // document == j // document)
 
     def penalise(score, b, h, i, j):
         return score if bias is None else score - bias[h] * (i - j)
@@ -127,7 +154,7 @@ def flex(case: Case) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     mask = create_block_mask(keep, None, None, case.tokens, case.tokens, device="cuda")
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        y = _compiled()(
+        y = compiled(
             q.transpose(1, 2),
             k.transpose(1, 2),
             v.transpose(1, 2),
@@ -140,62 +167,101 @@ def flex(case: Case) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     return call
 
 
-# Per work and padded head dim, tiles to compare.
+# The cases whose tiles are compared, and for each pass of them the tiles, the likeliest first.
 T = kernel.Tile
-CANDIDATES = {
-    ("forward", 256): [T(128, 64, 8, 2), T(128, 32, 8, 3), T(64, 64, 4, 2), T(128, 64, 8, 1)],
-    ("forward", 128): [T(128, 128, 8, 2), T(128, 64, 8, 3), T(128, 64, 4, 3), T(128, 64, 4, 2), T(64, 64, 4, 3)],
-    ("forward", 64): [T(128, 64, 4, 3), T(128, 32, 4, 3), T(64, 64, 4, 2), T(256, 64, 8, 2), T(128, 128, 8, 2)],
-    ("dq", 256): [T(64, 32, 4, 2), T(64, 64, 4, 1), T(128, 64, 8, 1), T(128, 32, 8, 2), T(64, 64, 8, 1)],
-    ("dq", 128): [T(128, 64, 8, 2), T(128, 64, 8, 3), T(64, 64, 4, 2), T(64, 128, 8, 2), T(128, 128, 8, 1)],
-    ("dq", 64): [T(128, 64, 4, 3), T(128, 64, 8, 2), T(64, 64, 4, 2), T(128, 32, 4, 2)],
-    ("dkv", 256): [T(64, 64, 8, 2), T(32, 64, 8, 2), T(64, 64, 8, 1), T(64, 64, 4, 1), T(32, 64, 4, 2)],
-    ("dkv", 128): [T(64, 128, 8, 2), T(64, 64, 4, 2), T(64, 128, 8, 3), T(128, 128, 8, 1), T(32, 128, 8, 2)],
-    ("dkv", 64): [T(64, 64, 4, 2), T(64, 128, 8, 2), T(128, 64, 4, 2), T(128, 128, 8, 2), T(64, 32, 4, 2)],
+CANDIDATES: dict[Case, dict[str, list[kernel.Tile]]] = {
+    Case(1, 32768, 10, 1, 256, 1024): {
+        "dk": [T(32, 128, 8, 2), T(32, 128, 8, 3), T(64, 128, 8, 1)],
+        "dv": [T(64, 128, 8, 2), T(32, 128, 8, 3), T(32, 128, 8, 2)],
+        "dq": [T(128, 32, 8, 2), T(64, 32, 4, 2), T(128, 64, 8, 1)],
+    },
+    Case(1, 32768, 16, 1, 128, 2048): {
+        "dkv": [T(64, 128, 8, 3), T(64, 128, 8, 2), T(64, 64, 4, 2), T(32, 128, 8, 3)],
+        "dq": [T(64, 64, 4, 2), T(64, 64, 4, 3), T(128, 64, 8, 2), T(64, 32, 4, 2)],
+        "forward": [T(64, 64, 4, 3), T(128, 64, 8, 3)],
+    },
+    Case(1, 32768, 16, 1, 64, 64): {
+        "forward": [T(64, 128, 4, 1), T(64, 64, 4, 2), T(64, 32, 4, 3), T(128, 128, 8, 1), T(128, 64, 4, 3)],
+        "dq": [T(64, 64, 4, 2), T(64, 32, 4, 3), T(64, 128, 4, 1), T(128, 32, 4, 2), T(128, 64, 4, 3)],
+        "dkv": [T(64, 64, 4, 3), T(64, 64, 4, 2), T(32, 64, 4, 3), T(64, 128, 8, 2), T(128, 64, 4, 2)],
+    },
+    Case(1, 32768, 16, 16, 128, slopes="flat"): {
+        "forward": [T(128, 128, 8, 2), T(128, 64, 8, 3), T(128, 64, 4, 3)],
+        "dq": [T(128, 64, 8, 2), T(64, 64, 4, 2), T(128, 64, 8, 3)],
+        "dkv": [T(64, 128, 8, 3), T(64, 128, 8, 2), T(64, 64, 4, 2)],
+    },
 }
 
 
-def runs_of(case: Case) -> dict[str, Callable[[], object]]:
-    """The three passes, each by itself."""
-    q, k, v = (t.detach() for t in inputs_of(case))
-    options = (None, slopes(case.heads) if case.alibi else None, case.window, 0, case.dim**-0.5)
-    y, lse = torch.empty_like(q), torch.zeros(q.shape[:3], device="cuda")
-    dy = torch.randn_like(q)
+def scoring_of(case: Case) -> Scoring:
+    """What the passes take of the case beside its tensors."""
+    return Scoring(None, case.alibi_slopes(), case.window, 0, case.dim**-0.5)
+
+
+class Pass(NamedTuple):
+    """A pass by itself: its call, and the tensors it should give."""
+
+    run: Callable[[], Iterable[Tensor]]
+    exact: tuple[Tensor, ...]
+
+
+def passes_of(case: Case) -> dict[str, Pass]:
+    """The passes on random inputs, with what the reference gives in fp32."""
+    torch.manual_seed(0)
+    inputs, scoring = [t.detach() for t in inputs_of(case)], scoring_of(case)
+    dy = torch.randn_like(inputs[0])
+    wide = [t.float() for t in inputs]
+    y, lse = reference.forward(*wide, scoring)
+    dq, dk, dv = reference.backward(dy.float(), *wide, y, lse, scoring)
+    delta = (dy * y).sum(-1).unflatten(2, (case.key_heads, -1)).transpose(1, 2).flatten(2).contiguous()
+    q, k, v = inputs
+    reach = kernel._reach(q, k, scoring)
+    both = partial(kernel.backward_keys, dy, q, k, v, lse, delta, reach, scoring)
     return {
-        "forward": partial(kernel.forward, q, k, v, *options),
-        "dq": partial(kernel.backward_queries, dy, q, k, v, y, lse, *options),
-        "dkv": partial(kernel.backward_keys, dy, q, k, v, lse, torch.zeros_like(lse), *options),
+        "forward": Pass(partial(kernel.forward, q, k, v, scoring), (y,)),
+        "dq": Pass(partial(kernel.backward_queries, dy, q, k, v, y.to(q.dtype), lse, reach, scoring), (dq,)),
+        "dkv": Pass(both, (dk, dv)),
+        "dk": Pass(both, (dk, dv)),
+        "dv": Pass(both, (dk, dv)),
     }
 
 
 def use(case: Case, work: str, tile: kernel.Tile) -> None:
     """Makes the op take that tile for that pass of the case."""
-    tiles = kernel.SINGLE_TILES if case.heads == case.key_heads else kernel.TILES
-    tiles[work][case.dim] = tile
+    narrow = case.window is not None and case.window <= kernel.NARROW
+    tiles = kernel.SINGLE_TILES if case.heads == case.key_heads else kernel.NARROW_TILES if narrow else kernel.TILES
+    tiles.setdefault(work, {})[case.dim] = tile
 
 
 def compile_one(case: Case, work: str, tile: kernel.Tile) -> None:
     """Leaves the compiled pass in Triton's cache on disk."""
     use(case, work, tile)
-    timed(runs_of(case._replace(tokens=2048))[work], 1)
+    measured(passes_of(case._replace(tokens=2048))[work], 1)
 
 
 def candidates(cases: Iterable[Case]) -> None:
-    """Prints the time of each pass with each tile; compiles them all first, many at a time."""
-    tried = [(c, w, t) for c in cases for w in kernel.TILES for t in CANDIDATES[w, c.dim]]
+    """Prints time and error of each pass with each tile; compiles them all first, many at a time.
+
+    "dk" and "dv" are timed together, the other with its own tile.
+    """
+    tried = [(c, w, t) for c in cases for w, tiles in CANDIDATES[c].items() for t in tiles]
     with ProcessPoolExecutor(12, get_context("spawn")) as pool:
         list(pool.map(compile_one, *zip(*tried, strict=True)))
     for case in cases:
-        runs = runs_of(case)
-        for _, work, tile in (t for t in tried if t[0] == case):
-            use(case, work, tile)
-            print(f"{case.name}: {work} {tuple(tile)} {timed(runs[work])}", flush=True)
+        passes = passes_of(case)
+        for work, tiles in CANDIDATES[case].items():
+            for tile in tiles:
+                use(case, work, tile)
+                print(f"{case.name}: {work} {tuple(tile)} {measured(passes[work])}", flush=True)
+            use(case, work, tiles[0])
 
 
-def timed(run: Callable[[], object], repeat: int = 7) -> str:
-    """Its milliseconds, or why it does not run."""
+def measured(one: Pass, repeat: int = 7) -> str:
+    """Its milliseconds and its largest error relative to the reference, or why it does not run."""
     try:
-        return f"{milliseconds(run, repeat, 1):.3f} ms"
+        found = zip(one.run(), one.exact, strict=False)
+        error = max(float((a.float() - b).norm() / b.norm()) for a, b in found)
+        return f"{milliseconds(one.run, repeat, 1):.3f} ms, error {error:.1e}"
     except Exception as error:  # a tile beyond the machine's shared memory is an answer here
         return f"{type(error).__name__}: {str(error)[:80]}"
 
@@ -204,8 +270,9 @@ def main() -> None:
     """`--tune` prints the candidates; `--case` picks some by index."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tune", action="store_true", required=True)
-    parser.add_argument("--case", type=int, nargs="*", default=[0, 2, 3, 4, 6])
-    candidates([CASES[i] for i in parser.parse_args().case])
+    parser.add_argument("--case", type=int, nargs="*", default=range(len(CANDIDATES)))
+    cases = list(CANDIDATES)
+    candidates([cases[i] for i in parser.parse_args().case])
 
 
 if __name__ == "__main__":

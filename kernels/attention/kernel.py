@@ -21,12 +21,15 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .scoring import Scoring, statistics_shape
 
 LOG2_E = math.log2(math.e)
 # A key below 2^-48 of its row's largest weight is not met: 2^24 such keys stay under the last bit of fp32.
@@ -43,28 +46,41 @@ class Tile(NamedTuple):
     stages: int
 
 
+# Wider heads take dk and dv in a pass each, at one product more: blocks of 128 keys, whose sums fill the registers
+# alone, keep the scores of a warp's keys in that warp.
+MOST_SHARED = 128
+# With a window of at most so many keys hardly a block is whole: every block is masked, in one loop whose loads all
+# begin at once.
+NARROW = 128
+
 # By padded head dim, for 16-bit inputs; smaller heads take the first. The fastest of those that
 # benchmarks.kernels_attention times on an H100, where query heads share a key head under a window.
 TILES: dict[str, dict[int, Tile]] = {
     "forward": {64: Tile(128, 64, 4, 3), 128: Tile(64, 64, 4, 3), 256: Tile(128, 64, 8, 2)},
     "dq": {64: Tile(128, 64, 4, 3), 128: Tile(64, 64, 4, 2), 256: Tile(128, 32, 8, 2)},
-    "dkv": {64: Tile(128, 64, 4, 2), 128: Tile(64, 128, 8, 3), 256: Tile(64, 64, 8, 2)},
+    "dkv": {64: Tile(128, 64, 4, 2), 128: Tile(64, 128, 8, 3)},
+    "dk": {256: Tile(32, 128, 8, 3)},
+    "dv": {256: Tile(32, 128, 8, 3)},
 }
-# Likewise where each query head has a key head of its own, if another tile.
+# Likewise where each query head has a key head of its own, or the window is narrow, if another tile.
 SINGLE_TILES: dict[str, dict[int, Tile]] = {
     "forward": {128: Tile(128, 128, 8, 2)},
-    "dq": {128: Tile(128, 64, 8, 2)},
-    "dkv": {},
+    "dq": {128: Tile(128, 64, 8, 3)},
+}
+NARROW_TILES: dict[str, dict[int, Tile]] = {
+    "forward": {64: Tile(64, 32, 4, 3)},
+    "dq": {64: Tile(64, 32, 4, 3)},
+    "dkv": {64: Tile(64, 64, 4, 3)},
 }
 
 
-def tile_of(work: str, dtype: torch.dtype, dim: int, groups: int) -> Tile:
-    """The tile of "forward", "dq" or "dkv" at a padded head dim and number of query heads to a key head."""
+def tile_of(work: str, dtype: torch.dtype, dim: int, groups: int, window: int) -> Tile:
+    """The tile of a pass at a padded head dim, a number of query heads to a key head and a window."""
     if dtype == torch.float32:
         return Tile(32, 32, 4, 1)
     dim = max(64, dim)
-    tile = TILES[work][dim]
-    return SINGLE_TILES[work].get(dim, tile) if groups == 1 else tile
+    tiles = NARROW_TILES if window <= NARROW and groups > 1 else SINGLE_TILES if groups == 1 else {}
+    return tiles.get(work, {}).get(dim, TILES[work][dim])
 
 
 @triton.jit
@@ -85,26 +101,49 @@ def _row_span(p_doc_start, p_reach, i_low, i_high, tokens, keys, offset, window)
 
 
 @triton.jit
-def _cut(start, stop, first, end, BLOCK: tl.constexpr):
+def _cut(start, stop, first, end, BLOCK: tl.constexpr, INNER: tl.constexpr):
     """Blocks that cover [start, stop): (edge blocks on the left, start of the inner ones, their end, edge blocks).
 
-    The inner blocks lie inside [first, end).
+    The inner blocks lie inside [first, end); there are none unless INNER.
     """
-    left = tl.minimum(tl.cdiv(tl.maximum(first - start, 0), BLOCK), tl.cdiv(stop - start, BLOCK))
+    left = tl.cdiv(stop - start, BLOCK)
+    if INNER:
+        left = tl.minimum(tl.cdiv(tl.maximum(first - start, 0), BLOCK), left)
     inner = start + left * BLOCK
-    inner_end = inner + tl.maximum(tl.minimum(end, stop) - inner, 0) // BLOCK * BLOCK
+    inner_end = inner
+    if INNER:
+        inner_end += tl.maximum(tl.minimum(end, stop) - inner, 0) // BLOCK * BLOCK
     return left, inner, inner_end, left + tl.cdiv(tl.maximum(stop - inner_end, 0), BLOCK)
 
 
 @triton.jit
 def _rows(i_first, tokens, HEADS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Of the rows from i_first on: their queries, their head in the group, their place in [B * T * H] and a mask."""
-    o_row = i_first + tl.arange(0, BLOCK_M)
-    o_query = o_row // GROUPS
-    i_query = i_first // GROUPS
-    base = (tl.program_id(2).to(tl.int64) * tokens + i_query) * HEADS + tl.program_id(1) * GROUPS
-    o_group = o_row - o_query * GROUPS
-    return o_query, o_group, base + ((o_query - i_query) * HEADS + o_group), o_query < tokens
+    """Of the rows from i_first on: their queries, their head in the group, their place in [B * T * H] and a mask.
+
+    The place comes in two parts, a 64-bit base and small offsets. Rows of one key head lie end to end.
+    """
+    o_row = tl.arange(0, BLOCK_M)
+    o_query = (i_first + o_row) // GROUPS
+    o_group = i_first + o_row - o_query * GROUPS
+    first = tl.program_id(2).to(tl.int64) * tokens * HEADS
+    if GROUPS == HEADS:
+        base = first + i_first
+        o_place = o_row
+    elif GROUPS == 1:
+        base = first + i_first.to(tl.int64) * HEADS + tl.program_id(1)
+        o_place = o_row * HEADS
+    else:
+        i_query = i_first // GROUPS
+        base = first + i_query * HEADS + tl.program_id(1) * GROUPS
+        o_place = (o_query - i_query) * HEADS + o_group
+    return o_query, o_group, base, o_place, o_query < tokens
+
+
+@triton.jit
+def _statistics(i_first, tokens, GROUPS: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Where the rows from i_first on lie in the statistics [B, Hkv, T * G], end to end."""
+    i_head = tl.program_id(2).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    return i_head * tokens * GROUPS + i_first + tl.arange(0, BLOCK_M)
 
 
 @triton.jit
@@ -119,10 +158,10 @@ def _row_limits(p_doc_start, o_query, mask, tokens, keys, offset, window):
 
 
 @triton.jit
-def _load(p, o_row, mask, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """[rows, BLOCK_D] of a matrix with rows of DIM; zeros outside. `mask` None: every row is inside."""
+def _load(p, base, o_place, mask, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """[places, BLOCK_D] of a matrix with rows of DIM; zeros outside. `mask` None: every row is inside."""
     o_dim = tl.arange(0, BLOCK_D)
-    p_block = p + o_row[:, None] * DIM + o_dim[None, :]
+    p_block = p + base * DIM + (o_place[:, None] * DIM + o_dim[None, :])
     if mask is None:
         if DIM == BLOCK_D:
             b = tl.load(p_block)
@@ -137,21 +176,21 @@ def _load(p, o_row, mask, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def _store(p, o_row, mask, b, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+def _store(p, base, o_place, mask, b, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     o_dim = tl.arange(0, BLOCK_D)
-    where = mask[:, None] & (o_dim < DIM)[None, :]
-    tl.store(p + o_row[:, None] * DIM + o_dim[None, :], b.to(p.dtype.element_ty), mask=where)
+    p_block = p + base * DIM + (o_place[:, None] * DIM + o_dim[None, :])
+    tl.store(p_block, b.to(p.dtype.element_ty), mask=mask[:, None] & (o_dim < DIM)[None, :])
 
 
 @triton.jit
 def _load_keys(p, base, i_key, keys, KEY_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_D, BLOCK_N, EDGE: tl.constexpr):
     """[BLOCK_N, BLOCK_D] from key i_key on; `base` is where this program's key head begins in [B * T_k * Hkv]."""
     o_key = tl.arange(0, BLOCK_N)
-    p_first = p + (base + i_key * KEY_HEADS) * DIM
+    first = base + i_key * KEY_HEADS
     if EDGE:
-        b = _load(p_first, o_key * KEY_HEADS, o_key < keys - i_key, DIM, BLOCK_D)
+        b = _load(p, first, o_key * KEY_HEADS, o_key < keys - i_key, DIM, BLOCK_D)
     else:
-        b = _load(p_first, o_key * KEY_HEADS, None, DIM, BLOCK_D)
+        b = _load(p, first, o_key * KEY_HEADS, None, DIM, BLOCK_D)
     return b
 
 
@@ -264,37 +303,44 @@ def _forward(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
+    INNER: tl.constexpr,
 ):
     """y and log-sum-exp of a block of rows; the last rows, which meet most keys, begin first."""
     KEY_HEADS: tl.constexpr = HEADS // GROUPS
     BIASED: tl.constexpr = p_slopes is not None
     i_row = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
     i_high = tl.minimum((i_row + BLOCK_M - 1) // GROUPS, tokens - 1)
-    o_query, o_group, o_row, mask = _rows(i_row, tokens, HEADS, GROUPS, BLOCK_M)
+    o_query, o_group, base, o_place, mask = _rows(i_row, tokens, HEADS, GROUPS, BLOCK_M)
     start, stop, first, end = _row_span(p_doc_start, p_reach, i_row // GROUPS, i_high, tokens, keys, offset, window)
-    left, inner, inner_end, edges = _cut(start, stop, first, end, BLOCK_N)
+    left, inner, inner_end, edges = _cut(start, stop, first, end, BLOCK_N, INNER)
     o_first, o_last = _row_limits(p_doc_start, o_query, mask, tokens, keys, offset, window)
-    base = tl.program_id(2).to(tl.int64) * keys * KEY_HEADS + tl.program_id(1)
+    key_base = tl.program_id(2).to(tl.int64) * keys * KEY_HEADS + tl.program_id(1)
     b_slope = _slopes(p_slopes, o_group, GROUPS)
-    b_q = _load(p_q, o_row, mask, KEY_DIM, BLOCK_K)
+    b_q = _load(p_q, base, o_place, mask, KEY_DIM, BLOCK_K)
     b_y = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     b_total = tl.zeros([BLOCK_M], tl.float32)
     b_highest = tl.zeros([BLOCK_M], tl.float32) - float("inf")
-    for i_key in range(inner, inner_end, BLOCK_N):
-        b_y, b_total, b_highest = _attend(
-            b_y, b_total, b_highest, b_q, b_slope, p_k, p_v, base, o_query, o_first, o_last, i_key, keys, offset,
-            factor, KEY_HEADS, GROUPS, KEY_DIM, VALUE_DIM, BLOCK_K, BLOCK_V, BLOCK_N, PRECISION, BIASED, False
-        )  # fmt: skip
+    if INNER:
+        for i_key in range(inner, inner_end, BLOCK_N):
+            b_y, b_total, b_highest = _attend(
+                b_y, b_total, b_highest, b_q, b_slope, p_k, p_v, key_base, o_query, o_first, o_last, i_key, keys,
+                offset, factor, KEY_HEADS, GROUPS, KEY_DIM, VALUE_DIM, BLOCK_K, BLOCK_V, BLOCK_N, PRECISION, BIASED,
+                False
+            )  # fmt: skip
     for i in range(0, edges):
         i_key = tl.where(i < left, start + i * BLOCK_N, inner_end + (i - left) * BLOCK_N)
         b_y, b_total, b_highest = _attend(
-            b_y, b_total, b_highest, b_q, b_slope, p_k, p_v, base, o_query, o_first, o_last, i_key, keys, offset,
+            b_y, b_total, b_highest, b_q, b_slope, p_k, p_v, key_base, o_query, o_first, o_last, i_key, keys, offset,
             factor, KEY_HEADS, GROUPS, KEY_DIM, VALUE_DIM, BLOCK_K, BLOCK_V, BLOCK_N, PRECISION, BIASED, True
         )  # fmt: skip
     b_none = b_total == 0
     b_y = b_y / tl.where(b_none, 1.0, b_total)[:, None]
-    _store(p_y, o_row, mask, b_y, VALUE_DIM, BLOCK_V)
-    tl.store(p_lse + o_row, tl.where(b_none, float("inf"), b_highest + tl.log2(b_total)), mask=mask)
+    _store(p_y, base, o_place, mask, b_y, VALUE_DIM, BLOCK_V)
+    tl.store(
+        p_lse + _statistics(i_row, tokens, GROUPS, BLOCK_M),
+        tl.where(b_none, float("inf"), b_highest + tl.log2(b_total)),
+        mask=mask,
+    )
 
 
 @triton.jit
@@ -372,37 +418,41 @@ def _backward_queries(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
+    INNER: tl.constexpr,
 ):
     """dq of a block of rows, and delta = sum(dy y), which the pass for dk and dv reads."""
     KEY_HEADS: tl.constexpr = HEADS // GROUPS
     BIASED: tl.constexpr = p_slopes is not None
     i_row = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
     i_high = tl.minimum((i_row + BLOCK_M - 1) // GROUPS, tokens - 1)
-    o_query, o_group, o_row, mask = _rows(i_row, tokens, HEADS, GROUPS, BLOCK_M)
+    o_query, o_group, base, o_place, mask = _rows(i_row, tokens, HEADS, GROUPS, BLOCK_M)
     start, stop, first, end = _row_span(p_doc_start, p_reach, i_row // GROUPS, i_high, tokens, keys, offset, window)
-    left, inner, inner_end, edges = _cut(start, stop, first, end, BLOCK_N)
+    left, inner, inner_end, edges = _cut(start, stop, first, end, BLOCK_N, INNER)
     o_first, o_last = _row_limits(p_doc_start, o_query, mask, tokens, keys, offset, window)
-    base = tl.program_id(2).to(tl.int64) * keys * KEY_HEADS + tl.program_id(1)
+    key_base = tl.program_id(2).to(tl.int64) * keys * KEY_HEADS + tl.program_id(1)
     b_slope = _slopes(p_slopes, o_group, GROUPS)
-    b_dy = _load(p_dy, o_row, mask, VALUE_DIM, BLOCK_V)
-    b_y = _load(p_y, o_row, mask, VALUE_DIM, BLOCK_V)
+    b_dy = _load(p_dy, base, o_place, mask, VALUE_DIM, BLOCK_V)
+    b_y = _load(p_y, base, o_place, mask, VALUE_DIM, BLOCK_V)
     b_delta = tl.sum(b_dy.to(tl.float32) * b_y.to(tl.float32), 1)
-    tl.store(p_delta + o_row, b_delta, mask=mask)
-    b_q = _load(p_q, o_row, mask, KEY_DIM, BLOCK_K)
-    b_lse = tl.load(p_lse + o_row, mask=mask, other=float("inf"))
+    o_statistic = _statistics(i_row, tokens, GROUPS, BLOCK_M)
+    tl.store(p_delta + o_statistic, b_delta, mask=mask)
+    b_q = _load(p_q, base, o_place, mask, KEY_DIM, BLOCK_K)
+    b_lse = tl.load(p_lse + o_statistic, mask=mask, other=float("inf"))
     b_dq = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
-    for i_key in range(inner, inner_end, BLOCK_N):
-        b_dq = _descend(
-            b_dq, b_q, b_dy, b_lse, b_delta, b_slope, p_k, p_v, base, o_query, o_first, o_last, i_key, keys, offset,
-            factor, KEY_HEADS, GROUPS, KEY_DIM, VALUE_DIM, BLOCK_K, BLOCK_V, BLOCK_N, PRECISION, BIASED, False
-        )  # fmt: skip
+    if INNER:
+        for i_key in range(inner, inner_end, BLOCK_N):
+            b_dq = _descend(
+                b_dq, b_q, b_dy, b_lse, b_delta, b_slope, p_k, p_v, key_base, o_query, o_first, o_last, i_key, keys,
+                offset, factor, KEY_HEADS, GROUPS, KEY_DIM, VALUE_DIM, BLOCK_K, BLOCK_V, BLOCK_N, PRECISION, BIASED,
+                False
+            )  # fmt: skip
     for i in range(0, edges):
         i_key = tl.where(i < left, start + i * BLOCK_N, inner_end + (i - left) * BLOCK_N)
         b_dq = _descend(
-            b_dq, b_q, b_dy, b_lse, b_delta, b_slope, p_k, p_v, base, o_query, o_first, o_last, i_key, keys, offset,
+            b_dq, b_q, b_dy, b_lse, b_delta, b_slope, p_k, p_v, key_base, o_query, o_first, o_last, i_key, keys, offset,
             factor, KEY_HEADS, GROUPS, KEY_DIM, VALUE_DIM, BLOCK_K, BLOCK_V, BLOCK_N, PRECISION, BIASED, True
         )  # fmt: skip
-    _store(p_dq, o_row, mask, b_dq * scale, KEY_DIM, BLOCK_K)
+    _store(p_dq, base, o_place, mask, b_dq * scale, KEY_DIM, BLOCK_K)
 
 
 @triton.jit
@@ -431,20 +481,17 @@ def _gather(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
     EDGE: tl.constexpr,
 ):
-    """One block of rows into dk (unscaled) and dv; scores lie as [keys, rows]."""
-    o_query, o_group, o_row, mask = _rows(i_row, tokens, HEADS, GROUPS, BLOCK_M)
-    if EDGE:
-        b_q = _load(p_q, o_row, mask, KEY_DIM, BLOCK_K)
-        b_dy = _load(p_dy, o_row, mask, VALUE_DIM, BLOCK_V)
-        b_lse = tl.load(p_lse + o_row, mask=mask, other=float("inf"))
-        b_delta = tl.load(p_delta + o_row, mask=mask, other=0.0)
-    else:
-        b_q = _load(p_q, o_row, None, KEY_DIM, BLOCK_K)
-        b_dy = _load(p_dy, o_row, None, VALUE_DIM, BLOCK_V)
-        b_lse = tl.load(p_lse + o_row)
-        b_delta = tl.load(p_delta + o_row)
+    """One block of rows into dk (unscaled) if DK and dv if DV; scores lie as [keys, rows]."""
+    o_query, o_group, base, o_place, inside = _rows(i_row, tokens, HEADS, GROUPS, BLOCK_M)
+    mask = inside if EDGE else None
+    b_q = _load(p_q, base, o_place, mask, KEY_DIM, BLOCK_K)
+    b_dy = _load(p_dy, base, o_place, mask, VALUE_DIM, BLOCK_V)
+    o_statistic = _statistics(i_row, tokens, GROUPS, BLOCK_M)
+    b_lse = tl.load(p_lse + o_statistic, mask=mask, other=float("inf") if EDGE else None)
     b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * factor
     if p_slopes is not None:
         b_slope = _slopes(p_slopes, o_group, GROUPS)
@@ -455,10 +502,14 @@ def _gather(
     if EDGE:
         keep = (o_query[None, :] >= o_key[:, None]) & (o_query[None, :] < o_until[:, None])
         b_p = tl.where(keep, b_p, 0.0)
-    b_dv = tl.dot(b_p.to(b_dy.dtype), b_dy, b_dv, input_precision=PRECISION)
-    b_dp = tl.dot(b_v, tl.trans(b_dy), input_precision=PRECISION)
-    b_ds = b_p * (b_dp - b_delta[None, :])
-    return tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION), b_dv
+    if DV:
+        b_dv = tl.dot(b_p.to(b_dy.dtype), b_dy, b_dv, input_precision=PRECISION)
+    if DK:
+        b_delta = tl.load(p_delta + o_statistic, mask=mask, other=0.0 if EDGE else None)
+        b_dp = tl.dot(b_v, tl.trans(b_dy), input_precision=PRECISION)
+        b_ds = b_p * (b_dp - b_delta[None, :])
+        b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
+    return b_dk, b_dv
 
 
 @triton.jit
@@ -489,13 +540,16 @@ def _backward_keys(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
+    INNER: tl.constexpr,
 ):
-    """dk and dv of a block of keys, over all rows that keep one of them.
+    """dk and dv of a block of keys, over all rows that keep one of them; one alone where the other's pointer is None.
 
     The key at position p is kept by queries max(p, 0) to min(until, p + window) - 1; `until` [B, T_k] is where the
     documents end that see it.
     """
     KEY_HEADS: tl.constexpr = HEADS // GROUPS
+    DK: tl.constexpr = p_dk is not None
+    DV: tl.constexpr = p_dv is not None
     i_key = tl.program_id(0) * BLOCK_N
     i_batch = tl.program_id(2).to(tl.int64)
     i_last = tl.minimum(i_key + BLOCK_N, keys) - 1
@@ -514,165 +568,139 @@ def _backward_keys(
         stop = tl.minimum(stop, i_last + offset + 1 + reach)
     stop = tl.minimum(stop, tokens)
     start = tl.minimum(tl.maximum(i_key + offset, 0), stop)
+    # Even rows at which blocks begin let the statistics be loaded by pairs.
+    i_first = start * GROUPS // 16 * 16
     left, inner, inner_end, edges = _cut(
-        start * GROUPS, stop * GROUPS, tl.maximum(i_last + offset, 0) * GROUPS, end * GROUPS, BLOCK_M
+        i_first, stop * GROUPS, tl.maximum(i_last + offset, 0) * GROUPS, end * GROUPS, BLOCK_M, INNER
     )
-    p_block = (i_batch * keys + i_key) * KEY_HEADS + tl.program_id(1)
-    b_k = _load(p_k, p_block + o_block * KEY_HEADS, m_key, KEY_DIM, BLOCK_K)
-    b_v = _load(p_v, p_block + o_block * KEY_HEADS, m_key, VALUE_DIM, BLOCK_V)
-    b_dk = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    b_dv = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+    base = (i_batch * keys + i_key) * KEY_HEADS + tl.program_id(1)
+    o_place = o_block * KEY_HEADS
+    b_k = _load(p_k, base, o_place, m_key, KEY_DIM, BLOCK_K)
+    b_v = _load(p_v, base, o_place, m_key, VALUE_DIM, BLOCK_V) if DK else None
+    b_dk = tl.zeros([BLOCK_N, BLOCK_K if DK else 1], tl.float32)
+    b_dv = tl.zeros([BLOCK_N, BLOCK_V if DV else 1], tl.float32)
     for i in range(0, edges):
-        i_row = tl.where(i < left, start * GROUPS + i * BLOCK_M, inner_end + (i - left) * BLOCK_M)
+        i_row = tl.where(i < left, i_first + i * BLOCK_M, inner_end + (i - left) * BLOCK_M)
         b_dk, b_dv = _gather(
-            b_dk, b_dv, b_k, b_v, o_key, o_until, p_dy, p_q, p_lse, p_delta, p_slopes, i_row, i_key + offset,
-            tokens, factor, HEADS, GROUPS, KEY_DIM, VALUE_DIM, BLOCK_K, BLOCK_V, BLOCK_M, BLOCK_N, PRECISION, True
+            b_dk, b_dv, b_k, b_v, o_key, o_until, p_dy, p_q, p_lse, p_delta, p_slopes, i_row, i_key + offset, tokens,
+            factor, HEADS, GROUPS, KEY_DIM, VALUE_DIM, BLOCK_K, BLOCK_V, BLOCK_M, BLOCK_N, PRECISION, DK, DV, True
         )  # fmt: skip
-    for i_row in range(inner, inner_end, BLOCK_M):
-        b_dk, b_dv = _gather(
-            b_dk, b_dv, b_k, b_v, o_key, o_until, p_dy, p_q, p_lse, p_delta, p_slopes, i_row, i_key + offset,
-            tokens, factor, HEADS, GROUPS, KEY_DIM, VALUE_DIM, BLOCK_K, BLOCK_V, BLOCK_M, BLOCK_N, PRECISION, False
-        )  # fmt: skip
-    _store(p_dk, p_block + o_block * KEY_HEADS, m_key, b_dk * scale, KEY_DIM, BLOCK_K)
-    _store(p_dv, p_block + o_block * KEY_HEADS, m_key, b_dv, VALUE_DIM, BLOCK_V)
+    if INNER:
+        for i_row in range(inner, inner_end, BLOCK_M):
+            b_dk, b_dv = _gather(
+                b_dk, b_dv, b_k, b_v, o_key, o_until, p_dy, p_q, p_lse, p_delta, p_slopes, i_row, i_key + offset,
+                tokens, factor, HEADS, GROUPS, KEY_DIM, VALUE_DIM, BLOCK_K, BLOCK_V, BLOCK_M, BLOCK_N, PRECISION, DK,
+                DV, False
+            )  # fmt: skip
+    if DK:
+        _store(p_dk, base, o_place, m_key, b_dk * scale, KEY_DIM, BLOCK_K)
+    if DV:
+        _store(p_dv, base, o_place, m_key, b_dv, VALUE_DIM, BLOCK_V)
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    doc_start: Tensor | None,
-    slopes: Tensor | None,
-    window: int | None,
-    key_offset: int,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """(y [B, T, H, V], base-2 log-sum-exp of the scores [B, T, H]); see op.py."""
-    q, k, v, doc_start, slopes = _packed(q, k, v, doc_start, slopes)
-    batch, tokens, heads, _ = q.shape
-    y = q.new_empty(batch, tokens, heads, v.shape[3])
-    lse = q.new_empty(batch, tokens, heads, dtype=torch.float32)
+def forward(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> tuple[Tensor, Tensor]:
+    """(y [B, T, H, V], base-2 log-sum-exp of the scores [B, Hkv, T * G]); see op.py."""
+    q, k, v, *rules = _packed(q, k, v, scoring.doc_start, scoring.slopes)
+    scoring = scoring._replace(doc_start=rules[0], slopes=rules[1])
+    y = q.new_empty(*q.shape[:3], v.shape[3])
+    lse = q.new_empty(statistics_shape(q, k), dtype=torch.float32)
     with _on(q):
-        reach = None if slopes is None else _reach(q, k, slopes, scale)
-        tile, options = _launch("forward", q, k, v)
-        grid = (triton.cdiv(tokens * heads // k.shape[2], tile.rows), k.shape[2], batch)
-        sizes = _sizes(q, k, window, key_offset, scale)
-        _forward[grid](q, k, v, doc_start, slopes, reach, y, lse, *sizes, **options)
+        optional = (scoring.doc_start, scoring.slopes, _reach(q, k, scoring))
+        _launch("forward", _forward, (q, k, v, *optional, y, lse), q, k, v, scoring)
     return y, lse
 
 
 def backward(
-    dy: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    y: Tensor,
-    lse: Tensor,
-    doc_start: Tensor | None,
-    slopes: Tensor | None,
-    window: int | None,
-    key_offset: int,
-    scale: float,
+    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, scoring: Scoring
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv); the scores are computed twice more, once for dq and once for dk and dv."""
-    dy, q, k, v, doc_start, slopes = _packed(dy, q, k, v, doc_start, slopes)
-    options = (doc_start, slopes, window, key_offset, scale)
+    """(dq, dk, dv); the scores are computed once more for each pass."""
+    dy, q, k, v, *rules = _packed(dy, q, k, v, scoring.doc_start, scoring.slopes)
+    scoring = scoring._replace(doc_start=rules[0], slopes=rules[1])
     with _on(q):
-        dq, delta = backward_queries(dy, q, k, v, y, lse, *options)
-        return dq, *backward_keys(dy, q, k, v, lse, delta, *options)
+        reach = _reach(q, k, scoring)
+        dq, delta = backward_queries(dy, q, k, v, y, lse, reach, scoring)
+        return dq, *backward_keys(dy, q, k, v, lse, delta, reach, scoring)
 
 
 def backward_queries(
-    dy: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    y: Tensor,
-    lse: Tensor,
-    doc_start: Tensor | None,
-    slopes: Tensor | None,
-    window: int | None,
-    key_offset: int,
-    scale: float,
+    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, reach: Tensor | None, scoring: Scoring
 ) -> tuple[Tensor, Tensor]:
-    """(dq, delta [B, T, H]) of contiguous inputs."""
+    """(dq, delta [B, Hkv, T * G]) of contiguous inputs."""
     dq, delta = torch.empty_like(q), torch.empty_like(lse)
-    reach = None if slopes is None else _reach(q, k, slopes, scale)
-    tile, options = _launch("dq", q, k, v)
-    grid = (triton.cdiv(q.shape[1] * q.shape[2] // k.shape[2], tile.rows), k.shape[2], q.shape[0])
-    sizes = _sizes(q, k, window, key_offset, scale)
-    _backward_queries[grid](dy, q, k, v, y, lse, doc_start, slopes, reach, dq, delta, *sizes, scale, **options)
+    tensors = (dy, q, k, v, y, lse, scoring.doc_start, scoring.slopes, reach, dq, delta)
+    _launch("dq", _backward_queries, tensors, q, k, v, scoring, scoring.scale)
     return dq, delta
 
 
 def backward_keys(
-    dy: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lse: Tensor,
-    delta: Tensor,
-    doc_start: Tensor | None,
-    slopes: Tensor | None,
-    window: int | None,
-    key_offset: int,
-    scale: float,
+    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, reach: Tensor | None, scoring: Scoring
 ) -> tuple[Tensor, Tensor]:
-    """(dk, dv) of contiguous inputs."""
+    """(dk, dv) of contiguous inputs: in one pass, or for heads wider than MOST_SHARED in one each."""
     dk, dv = torch.empty_like(k), torch.empty_like(v)
-    reach = None if slopes is None else _reach(q, k, slopes, scale)
-    until = None if doc_start is None else _until(doc_start, k.shape[1], key_offset)
-    tile, options = _launch("dkv", q, k, v)
-    grid = (triton.cdiv(k.shape[1], tile.keys), k.shape[2], q.shape[0])
-    sizes = _sizes(q, k, window, key_offset, scale)
-    _backward_keys[grid](dy, q, k, v, lse, delta, until, slopes, reach, dk, dv, *sizes, scale, **options)
+    tensors = (dy, q, k, v, lse, delta, _until(k, scoring), scoring.slopes, reach)
+    both = max(q.shape[3], v.shape[3]) <= MOST_SHARED
+    for work, pair in {"dkv": (dk, dv)}.items() if both else {"dv": (None, dv), "dk": (dk, None)}.items():
+        _launch(work, _backward_keys, (*tensors, *pair), q, k, v, scoring, scoring.scale)
     return dk, dv
 
 
-def _sizes(q: Tensor, k: Tensor, window: int | None, key_offset: int, scale: float) -> tuple:
-    """The kernels' run-time numbers: tokens, keys, offset, window and the factor of base-2 scores."""
-    farthest = q.shape[1] - key_offset
-    return q.shape[1], k.shape[1], key_offset, farthest if window is None else min(window, farthest), scale * LOG2_E
-
-
-def _launch(work: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tile, dict[str, Any]]:
-    """The tile and what is compiled in."""
+def _launch(
+    work: str, kernel: Any, tensors: Sequence[Tensor | None], q: Tensor, k: Tensor, v: Tensor, scoring: Scoring, *last
+) -> None:
+    """Runs a pass: a program for each block of its rows ("forward", "dq") or keys, key head and batch row."""
     block_k, block_v = (max(16, triton.next_power_of_2(t.shape[3])) for t in (q, v))
-    groups = q.shape[2] // k.shape[2]
-    tile = tile_of(work, q.dtype, max(block_k, block_v), groups)
-    return tile, {
-        "HEADS": q.shape[2],
-        "GROUPS": groups,
-        "KEY_DIM": q.shape[3],
-        "VALUE_DIM": v.shape[3],
-        "BLOCK_K": block_k,
-        "BLOCK_V": block_v,
-        "BLOCK_M": tile.rows,
-        "BLOCK_N": tile.keys,
-        "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
-        "num_warps": tile.warps,
-        "num_stages": tile.stages,
-    }
+    batch, tokens, heads, _ = q.shape
+    groups = heads // k.shape[2]
+    farthest = tokens - scoring.key_offset
+    window = farthest if scoring.window is None else min(scoring.window, farthest)
+    tile = tile_of(work, q.dtype, max(block_k, block_v), groups, window)
+    by_rows = work in ("forward", "dq")
+    blocks = triton.cdiv(tokens * groups, tile.rows) if by_rows else triton.cdiv(k.shape[1], tile.keys)
+    kernel[blocks, k.shape[2], batch](
+        *tensors,
+        tokens,
+        k.shape[1],
+        scoring.key_offset,
+        window,
+        scoring.scale * LOG2_E,
+        *last,
+        HEADS=heads,
+        GROUPS=groups,
+        KEY_DIM=q.shape[3],
+        VALUE_DIM=v.shape[3],
+        BLOCK_K=block_k,
+        BLOCK_V=block_v,
+        BLOCK_M=tile.rows,
+        BLOCK_N=tile.keys,
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        INNER=window > NARROW,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
 
 
-def _reach(q: Tensor, k: Tensor, slopes: Tensor, scale: float) -> Tensor:
+def _reach(q: Tensor, k: Tensor, scoring: Scoring) -> Tensor | None:
     """int32 [B, Hkv]: at larger distances than this from its nearest key, no query of the group gives a weight.
 
     Scores lie within +-bound = scale |q| |k| of 0, so a key `d` farther than another has a weight, relative to it, of
-    at most exp(2 bound - slope d).
+    at most exp(2 bound - slope d). None without ALiBi.
     """
+    if scoring.slopes is None:
+        return None
     q_norm, k_norm = (torch.linalg.vector_norm(t, dim=-1, dtype=torch.float32).amax(1) for t in (q, k))
     groups = q.shape[2] // k.shape[2]
-    bound = 2 * scale * q_norm * k_norm.repeat_interleave(groups, 1) + NEGLIGIBLE / LOG2_E
-    far = torch.where(slopes > 0, bound / slopes, torch.inf).nan_to_num(torch.inf)
+    bound = 2 * scoring.scale * q_norm * k_norm.repeat_interleave(groups, 1) + NEGLIGIBLE / LOG2_E
+    far = torch.where(scoring.slopes > 0, bound / scoring.slopes, torch.inf).nan_to_num(torch.inf)
     return far.clamp(max=2**29).ceil().view(q.shape[0], k.shape[2], groups).amax(2).to(torch.int32)
 
 
-def _until(doc_start: Tensor, keys: int, key_offset: int) -> Tensor:
+def _until(k: Tensor, scoring: Scoring) -> Tensor | None:
     """int32 [B, T_k]: the number of leading queries whose document begins at or before each key."""
-    positions = torch.arange(key_offset, keys + key_offset, dtype=torch.int32, device=doc_start.device)
-    positions = positions.expand(doc_start.shape[0], keys).contiguous()
-    return torch.searchsorted(doc_start, positions, right=True, out_int32=True)
+    doc_start, offset = scoring.doc_start, scoring.key_offset
+    if doc_start is None:
+        return None
+    positions = torch.arange(offset, k.shape[1] + offset, dtype=torch.int32, device=k.device)
+    return torch.searchsorted(doc_start, positions.repeat(k.shape[0], 1), right=True, out_int32=True)
 
 
 def _packed(*tensors: Tensor | None) -> list[Any]:

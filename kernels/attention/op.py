@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from ..checks import check_segments, check_tensor
+from ..dispatch import _log as log_choice
 from ..dispatch import resolve
 from ..segments import Segments
-from . import reference
+from . import reference, sdpa
+from .scoring import Scoring, statistics_shape
 
 # A block of a wider head exceeds a Hopper GPU's shared memory.
 MOST_HEAD_DIM = 256
@@ -37,6 +39,10 @@ def attention(
         y_i = sum_j softmax_j(scale q_i . k_j - slope (i - p_j)) v_j   over keys at positions p_j = j + key_offset with
         doc_start_i <= p_j <= i  and  i - p_j < window
 
+    Where every earlier key is kept (no window, ALiBi, halo or second document in a row), "auto" takes cuDNN's kernel
+    on GPUs that have it: it is faster there than the Triton kernels, but its gradients have other bits each time.
+    `torch.use_deterministic_algorithms(True)` or implementation="triton" avoids it; all else repeats its bits.
+
     A query that keeps no key gives 0. Multi-query and grouped-query attention: query head h reads key head
     h // (H / Hkv). The local attention of Griffin, arXiv 2402.19427, section 2.3; the linear biases of ALiBi, arXiv
     2108.12409.
@@ -56,7 +62,11 @@ def attention(
     if scale is None:
         scale = float(q.shape[3] ** -0.5)
     _check(q, k, v, segments, window, key_offset, scale, alibi_slopes)
-    doc_start = None if segments is None else segments.doc_start.view(q.shape[0], q.shape[1])
+    # Where each row is one document, no key from 0 on lies before it: the kernels need not look.
+    if segments is None or (key_offset == 0 and segments.cu_seqlens.shape[0] == segments.batch + 1):
+        doc_start = None
+    else:
+        doc_start = segments.doc_start.view(q.shape[0], q.shape[1])
     return _forward(q, k, v, doc_start, alibi_slopes, window, key_offset, scale, implementation)[0]
 
 
@@ -90,8 +100,11 @@ def _check(
     check_segments(segments, q)
 
 
-def _module(implementation: str, q: Tensor, v: Tensor) -> ModuleType:
-    """reference.py or kernel.py, which hold the same functions."""
+def _module(implementation: str, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> ModuleType:
+    """reference.py, kernel.py or sdpa.py, which hold the same functions."""
+    if implementation == "auto" and sdpa.covers(q, k, v, scoring):
+        log_choice("attention", q.device.type, q.dtype, implementation, "sdpa")
+        return sdpa
     if resolve(implementation, "attention", q.device, q.dtype) == "reference":
         return reference
     widest = max(q.shape[3], v.shape[3])
@@ -116,7 +129,8 @@ def _forward(
     scale: float,
     implementation: str,
 ) -> tuple[Tensor, Tensor]:
-    return _module(implementation, q, v).forward(q, k, v, doc_start, slopes, window, key_offset, scale)
+    scoring = Scoring(doc_start, slopes, window, key_offset, scale)
+    return _module(implementation, q, k, v, scoring).forward(q, k, v, scoring)
 
 
 @torch.library.custom_op("longscan::attention_backward", mutates_args=())
@@ -134,13 +148,14 @@ def _backward(
     scale: float,
     implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    run = _module(implementation, q, v).backward
-    return run(dy, q, k, v, y, lse, doc_start, slopes, window, key_offset, scale)
+    scoring = Scoring(doc_start, slopes, window, key_offset, scale)
+    return _module(implementation, q, k, v, scoring).backward(dy, q, k, v, y, lse, scoring)
 
 
 @_forward.register_fake
 def _(q, k, v, doc_start, slopes, window, key_offset, scale, implementation):
-    return q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3], dtype=reference.compute_dtype(q))
+    lse = q.new_empty(statistics_shape(q, k), dtype=reference.compute_dtype(q))
+    return q.new_empty((*q.shape[:3], v.shape[3])), lse
 
 
 @_backward.register_fake

@@ -17,29 +17,22 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .scoring import Scoring
+
 # Queries a block; the best of 32, 64, 128 and 256 overall, at windows of 128 and 512 over 512 and 8192 tokens on a CPU.
 BLOCK = 64
 LOG2_E = math.log2(math.e)
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    doc_start: Tensor | None,
-    slopes: Tensor | None,
-    window: int | None,
-    key_offset: int,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """(y [B, T, H, V] in q's dtype, base-2 log-sum-exp of the scores [B, T, H]); see op.py."""
+def forward(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> tuple[Tensor, Tensor]:
+    """(y [B, T, H, V] in q's dtype, base-2 log-sum-exp of the scores [B, Hkv, T * G]); see op.py."""
     heads = k.shape[2]
     queries, keys, values = _grouped(q, heads), _by_head(k), _by_head(v)
     batch, _, groups, tokens, _ = queries.shape
     y = values.new_empty(batch, heads, groups, tokens, v.shape[3])
     lse = values.new_empty(batch, heads, groups, tokens)
-    for rows, columns in _blocks(tokens, k.shape[1], window, key_offset):
-        scores = _scores(queries, keys, rows, columns, doc_start, slopes, window, key_offset, scale)
+    for rows, columns in _blocks(tokens, k.shape[1], scoring.window, scoring.key_offset):
+        scores = _scores(queries, keys, rows, columns, scoring)
         # A query without keys has a highest score of -inf: shifted by 0 instead, its weights are 0 and not NaN.
         highest = scores.amax(-1, keepdim=True) if scores.shape[-1] else scores.new_zeros(*scores.shape[:-1], 1)
         highest.masked_fill_(highest == -torch.inf, 0)
@@ -49,31 +42,20 @@ def forward(
         torch.div(out, total.masked_fill(total == 0, 1), out=y[..., rows, :])
         # +inf where there was no key, so that the backward pass finds weights of 2^(-inf - inf) = 0.
         lse[..., rows] = torch.where(total == 0, torch.inf, highest + total.log2()).squeeze(-1)
-    y, lse = (t.movedim(3, 1).flatten(2, 3) for t in (y, lse))
-    return y.to(q.dtype).contiguous(), lse.contiguous()
+    return y.movedim(3, 1).flatten(2, 3).to(q.dtype).contiguous(), lse.transpose(2, 3).flatten(2).contiguous()
 
 
 def backward(
-    dy: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    y: Tensor,
-    lse: Tensor,
-    doc_start: Tensor | None,
-    slopes: Tensor | None,
-    window: int | None,
-    key_offset: int,
-    scale: float,
+    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, scoring: Scoring
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv): with weights p and dp = dy v^T, the scores' gradient is p (dp - sum(dy y))."""
     heads = k.shape[2]
     queries, keys, values, dout = _grouped(q, heads), _by_head(k), _by_head(v), _grouped(dy.to(lse.dtype), heads)
     row_sums = (dout * _grouped(y, heads)).sum(-1)
-    lse = lse.unflatten(2, (heads, -1)).movedim(1, 3)
+    lse = lse.unflatten(2, (q.shape[1], -1)).transpose(2, 3)
     dq, dk, dv = torch.empty_like(queries), torch.zeros_like(keys), torch.zeros_like(values)
-    for rows, columns in _blocks(q.shape[1], k.shape[1], window, key_offset):
-        scores = _scores(queries, keys, rows, columns, doc_start, slopes, window, key_offset, scale)
+    for rows, columns in _blocks(q.shape[1], k.shape[1], scoring.window, scoring.key_offset):
+        scores = _scores(queries, keys, rows, columns, scoring)
         weights = scores.sub_(lse[..., rows].unsqueeze(-1)).exp2_()
         grad = dout[..., rows, :].flatten(2, 3)
         dv[:, :, columns] += weights.flatten(2, 3).transpose(2, 3) @ grad
@@ -81,8 +63,8 @@ def backward(
         dscores = dweights.sub_(row_sums[..., rows].unsqueeze(-1)).mul_(weights).flatten(2, 3)
         dq[..., rows, :] = (dscores @ keys[:, :, columns]).view(*weights.shape[:-1], -1)
         dk[:, :, columns] += dscores.transpose(2, 3) @ queries[..., rows, :].flatten(2, 3)
-    dq = dq.mul_(scale).permute(0, 3, 1, 2, 4).flatten(2, 3)
-    dk.mul_(scale)
+    dq = dq.mul_(scoring.scale).permute(0, 3, 1, 2, 4).flatten(2, 3)
+    dk.mul_(scoring.scale)
     return (
         dq.to(q.dtype).contiguous(),
         dk.transpose(1, 2).to(k.dtype).contiguous(),
@@ -104,33 +86,23 @@ def _blocks(tokens: int, keys: int, window: int | None, key_offset: int) -> Iter
         yield slice(start, stop), slice(min(first, last), last)
 
 
-def _scores(
-    queries: Tensor,
-    keys: Tensor,
-    rows: slice,
-    columns: slice,
-    doc_start: Tensor | None,
-    slopes: Tensor | None,
-    window: int | None,
-    key_offset: int,
-    scale: float,
-) -> Tensor:
+def _scores(queries: Tensor, keys: Tensor, rows: slice, columns: slice, scoring: Scoring) -> Tensor:
     """[B, Hkv, G, C, n], scaled for base 2, -inf where a key is not kept."""
     block = queries[..., rows, :]
-    scores = (block * (scale * LOG2_E)).flatten(2, 3) @ keys[:, :, columns].transpose(2, 3)
+    scores = (block * (scoring.scale * LOG2_E)).flatten(2, 3) @ keys[:, :, columns].transpose(2, 3)
     query_at = torch.arange(rows.start, rows.stop, device=keys.device)[:, None]
-    key_at = torch.arange(columns.start, columns.stop, device=keys.device)[None, :] + key_offset
+    key_at = torch.arange(columns.start, columns.stop, device=keys.device)[None, :] + scoring.key_offset
     dropped = key_at > query_at
-    if window is not None:
-        dropped |= query_at - key_at >= window
-    if doc_start is not None:
-        dropped = (dropped | (key_at < doc_start[:, rows, None]))[:, None, None]
+    if scoring.window is not None:
+        dropped |= query_at - key_at >= scoring.window
+    if scoring.doc_start is not None:
+        dropped = (dropped | (key_at < scoring.doc_start[:, rows, None]))[:, None, None]
     mask = torch.zeros(dropped.shape, dtype=scores.dtype, device=scores.device).masked_fill_(dropped, -torch.inf)
     scores = scores.unflatten(2, block.shape[2:4]).add_(mask)
-    if slopes is None:
+    if scoring.slopes is None:
         return scores
     distance = (query_at - key_at).to(scores.dtype)
-    return scores.sub_(slopes.to(scores.dtype).mul(LOG2_E).view(*scores.shape[1:3], 1, 1) * distance)
+    return scores.sub_(scoring.slopes.to(scores.dtype).mul(LOG2_E).view(*scores.shape[1:3], 1, 1) * distance)
 
 
 def _grouped(q: Tensor, heads: int) -> Tensor:

@@ -5,6 +5,7 @@ import torch
 
 from longscan.kernels import Segments, attention
 from longscan.kernels.attention import reference
+from longscan.kernels.attention.scoring import Scoring
 
 
 def make(batch, tokens, heads, key_heads, halo=0, dtype=torch.float64, key=8, value=6, seed=0):
@@ -84,7 +85,10 @@ KERNEL_CASES = [
     (1, 70, 4, 4, 0, 16, 16, None, True, True, torch.float32),
     (1, 63, 6, 2, 13, 16, 40, None, False, True, torch.float16),
     (1, 150, 10, 1, 9, 16, 16, 30, True, False, torch.float16),
-    (1, 200, 2, 2, 0, 16, 16, 150, False, False, torch.float16),
+    (1, 200, 2, 2, 0, 16, 16, 150, False, True, torch.float16),
+    (1, 150, 3, 1, 5, 16, 16, None, False, False, torch.float16),
+    (1, 150, 4, 2, 0, 16, 16, None, True, True, torch.float16),
+    (1, 30, 2, 1, 3, 136, 130, None, True, True, torch.float16),
 ]
 # (batch, tokens, heads, key heads, halo, window, documents, ALiBi); each with every bf16 tile, two with other dtypes.
 WIDE_SHAPES = [
@@ -171,7 +175,7 @@ def test_reach_keeps_every_weight_that_counts():
 
     q, k, v = (t.detach() for t in make(1, 400, 4, 4, dtype=torch.float32, key=16))
     slopes = torch.tensor([1.0, 0.5, 0.2, 0.0])
-    reach = kernel._reach(q, k, slopes, 0.25)[0]
+    reach = kernel._reach(q, k, Scoring(None, slopes, None, 0, 0.25))[0]
     assert reach[3] >= 400
     scores = torch.einsum("bihk,bjhk->bhij", q, k)[0].double() * 0.25
     distance = (torch.arange(400)[:, None] - torch.arange(400)[None]).double()
@@ -198,6 +202,76 @@ def test_split_invariance(random_segments):
     whole = with_gradients(lambda *a: attention(*a, segments, window=window), inputs)
     for one, other in zip(whole, with_gradients(split, inputs), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "triton"])
+def test_documents_cut_into_groups_attend_inside_them(implementation, device):
+    """Segments whose documents are groups of 16 tokens, the first one begun 5 tokens before the piece."""
+    groups = Segments.from_lengths([[11, 16, 16, 3, 16, 8]], [5])
+    inputs = make(1, 70, 4, 2, 5, torch.float32, 16, 16)
+    there = [t.detach().to(device).requires_grad_() for t in inputs]
+    options = {"window": 16, "key_offset": -5, "implementation": implementation}
+    actual = with_gradients(lambda *a: attention(*a, groups.to(device), **options), there)
+    exact = with_gradients(
+        lambda *a: naive(*a, groups, None, -5), [t.detach().double().requires_grad_() for t in inputs]
+    )
+    for a, e in zip(actual, exact, strict=True):
+        torch.testing.assert_close(a.cpu().double(), e, rtol=1e-4, atol=1e-5)
+
+
+def test_a_row_of_one_document_needs_no_segments():
+    """Also one that began before the piece; with a halo it does."""
+    inputs = make(2, 30, 2, 1)
+    whole = with_gradients(lambda *a: attention(*a), inputs)
+    for earlier in ([0, 0], [0, 9]):
+        segments = Segments.from_lengths([[30], [30]], earlier)
+        for one, other in zip(whole, with_gradients(lambda *a, s=segments: attention(*a, s), inputs), strict=True):
+            assert torch.equal(one, other)
+    halo = make(2, 30, 2, 1, halo=4)
+    segments = Segments.from_lengths([[30], [30]], [0, 2])
+    exact = naive(*halo, segments, None, -4)
+    torch.testing.assert_close(attention(*halo, segments, key_offset=-4), exact, rtol=1e-10, atol=1e-11)
+
+
+# (batch, tokens, heads, key heads, head dim, dtype).
+PLAIN_SHAPES = [
+    (2, 1024, 4, 4, 128, torch.bfloat16),
+    (1, 1333, 6, 2, 64, torch.bfloat16),
+    (1, 2049, 16, 1, 128, torch.float16),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", PLAIN_SHAPES, ids=str)
+def test_plain_causal_goes_to_cudnn(shape, caplog):
+    """Where bits need not repeat; there, values and gradients are as near to float64 as the Triton kernels'."""
+    from longscan.kernels import dispatch
+    from longscan.kernels.attention import sdpa
+
+    batch, tokens, heads, key_heads, dim, dtype = shape
+    inputs = make(batch, tokens, heads, key_heads, 0, dtype, dim, dim)
+    exact = with_gradients(attention, [t.detach().double().requires_grad_() for t in inputs])
+    there = [t.detach().cuda().requires_grad_() for t in inputs]
+    plain = Scoring(None, None, None, 0, dim**-0.5)
+    assert not sdpa.covers(*there, plain), "its gradients have other bits each time"
+    own = with_gradients(lambda *a: attention(*a, implementation="triton"), there)
+    torch.use_deterministic_algorithms(False)
+    dispatch._log.cache_clear()
+    assert sdpa.covers(*there, plain)
+    assert not any(sdpa.covers(*there, plain._replace(**{k: v})) for k, v in [("window", 9), ("key_offset", -1)])
+    with caplog.at_level("INFO", logger="longscan"):
+        routed = with_gradients(attention, there)
+    assert "attention on cuda" in caplog.text and "sdpa" in caplog.text
+    for name, a, o, e in zip(("y", "dq", "dk", "dv"), routed, own, exact, strict=True):
+        assert a.dtype == dtype and a.is_contiguous()
+        errors = [float((t.cpu().double() - e).norm() / e.norm()) for t in (a, o)]
+        assert errors[0] <= 2 * errors[1] + torch.finfo(dtype).eps, f"{name}: {errors[0]:.1e}, Triton {errors[1]:.1e}"
+    # Either implementation can finish what the other began: both give the same log-sum-exp.
+    scoring = plain._replace(scale=0.2)
+    from longscan.kernels.attention import kernel
+
+    statistics = [m.forward(*(t.detach() for t in there), scoring)[1] for m in (sdpa, kernel)]
+    torch.testing.assert_close(*statistics, rtol=1e-4, atol=1e-3)
 
 
 def test_step_by_step_over_a_cache():

@@ -1,0 +1,30 @@
+"""What makes scores of queries and keys; the same for every implementation."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Scoring(NamedTuple):
+    """How scores are made of products of queries and keys, and which are kept; see op.py.
+
+    Attributes:
+        doc_start: int32 [B, T], each query's document start; None where no document begins.
+        slopes: fp32 [H] of ALiBi, or None.
+        window: keys a query keeps, or None.
+        key_offset: position of the first key.
+        scale: factor of the products.
+    """
+
+    doc_start: Tensor | None
+    slopes: Tensor | None
+    window: int | None
+    key_offset: int
+    scale: float
+
+
+def statistics_shape(q: Tensor, k: Tensor) -> tuple[int, int, int]:
+    """[B, Hkv, T * G], how numbers about (token, query head) are laid out: the rows of a key head end to end."""
+    return q.shape[0], k.shape[2], q.shape[1] * q.shape[2] // k.shape[2]
