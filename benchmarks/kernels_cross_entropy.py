@@ -1,10 +1,13 @@
-"""Works of linear cross entropy, with torch.compile and, where installed, Liger's fused op; `--tune` times chunks."""
+"""Works of linear cross entropy, with torch.compile and, where installed, Liger's fused op; `--tune` times the
+parts of a chunk and sizes of chunks.
+"""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
 import torch
@@ -15,6 +18,8 @@ from longscan.kernels.cross_entropy import chunks, kernel, linear_cross_entropy,
 from .gpu_timing import Work, milliseconds
 
 SHAPES = ((16384, 2560, 32000),)
+# The H100's processors.
+SMS = 132
 
 
 def inputs_of(rows: int, width: int, vocabulary: int) -> tuple[list[Tensor], Tensor]:
@@ -25,7 +30,7 @@ def inputs_of(rows: int, width: int, vocabulary: int) -> tuple[list[Tensor], Ten
     return [hidden.requires_grad_(), weight.requires_grad_()], labels
 
 
-def in_pieces(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+def _pieces(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """The vocabulary-slice path, over one slice that is the whole."""
     pieces = vocabulary_pieces(hidden, weight, labels, implementation="triton")
     return loss_from_pieces(pieces, labels, weight.shape[0]).sum()
@@ -51,7 +56,7 @@ def works() -> Iterable[Work]:
             both_flops=6 * rows * width * vocabulary,
         )
         yield make(partial(linear_cross_entropy, labels=labels, implementation="triton"))
-        yield make(partial(in_pieces, labels=labels), impl="longscan, vocabulary slice")
+        yield make(partial(_pieces, labels=labels), impl="longscan, vocabulary slice")
         yield make(partial(torch.compile(plain), labels=labels), impl="torch.compile")
         if importlib.util.find_spec("liger_kernel"):
             yield make(partial(_liger(), labels=labels), impl="Liger fused")
@@ -65,34 +70,75 @@ def _liger() -> Callable[..., Tensor]:
 
 
 def candidates() -> None:
-    """Prints the time forward and backward by chunk rows, the softmax alone by block and warps, and each product."""
+    """Prints the times of a chunk's parts, of the softmax by block and warps, and of the whole by size of chunk."""
     inputs, labels = inputs_of(*SHAPES[0])
     hidden, weight = (t.detach() for t in inputs)
+    for rows in (3328, 4096, 1920):
+        _print_parts(hidden, weight, labels, rows)
+    _print_softmax(weight.shape[0], labels[:3328])
+    count, width = hidden.shape
+    for rows in (chunks.chunk_rows(count, width, SMS), 4096, 4608, 2560, 1920, count):
+        with _chunks_of("chunk_rows", rows):
+            _print(f"sum, chunks of {rows} rows", partial(_both, linear_cross_entropy, inputs, labels), 7)
+    for columns in (chunks.chunk_columns(count, *weight.shape, SMS), 10752, 6400, 4096):
+        with _chunks_of("chunk_columns", columns):
+            _print(f"slice, chunks of {columns} columns", partial(_both, _pieces, inputs, labels), 7)
+    for rows in (3328, 1920):
+        with _chunks_of("chunk_rows", rows):
+            _print(f"slice, forward, chunks of {rows} rows", lambda: chunks.pieces(kernel, hidden, weight, labels, 0.0))
 
-    def both() -> None:
-        torch.autograd.grad(linear_cross_entropy(*inputs, labels, implementation="triton"), inputs)
 
-    standing = chunks.chunk_rows
-    for rows in (1024, 1920, 2048, 4096, 16384):
-        chunks.chunk_rows = lambda _, rows=rows: rows
-        print(f"linear_cross_entropy, chunks of {rows}: {milliseconds(both, 5, 2):.3f} ms", flush=True)
-    chunks.chunk_rows = standing
-    logits = torch.empty(1920, weight.shape[0], device="cuda", dtype=torch.bfloat16)
-    dweight = torch.zeros_like(weight, dtype=torch.float32)
-    dhidden = torch.empty(1920, weight.shape[1], device="cuda", dtype=torch.bfloat16)
-    part = hidden[:1920]
-    products = {
-        "logits": lambda: torch.mm(part, weight.t(), out=logits),
-        "dhidden": lambda: torch.mm(logits, weight, out=dhidden),
-        "dweight": lambda: chunks._accumulate(dweight, logits, part, first=False),
-        "dweight, first": lambda: chunks._accumulate(dweight, logits, part, first=True),
-    }
-    for name, run in products.items():
-        print(f"product of 1920 rows, {name}: {milliseconds(run, 10, 2):.3f} ms", flush=True)
-    for block, warps in ((4096, 8), (8192, 8), (8192, 16), (16384, 16), (16384, 32), (32768, 32)):
+def _print(name: str, run: Callable[[], object], repeat: int = 10, flops: int = 0) -> None:
+    time = milliseconds(run, repeat, 2)
+    print(f"{name}: {time:.3f} ms" + (f", {flops / time / 1e9:.0f} TFLOP/s" if flops else ""), flush=True)
+
+
+@contextlib.contextmanager
+def _chunks_of(function: str, size: int) -> Iterator[None]:
+    standing = getattr(chunks, function)
+    setattr(chunks, function, lambda *_: size)
+    yield
+    setattr(chunks, function, standing)
+
+
+def _both(call: Callable[..., Tensor], inputs: list[Tensor], labels: Tensor) -> None:
+    torch.autograd.grad(call(*inputs, labels), inputs)
+
+
+def _print_parts(hidden: Tensor, weight: Tensor, labels: Tensor, rows: int) -> None:
+    """The products and the softmax of one chunk; the first product by parts of the rows, whose logits stay in L2."""
+    hidden, labels, flops = hidden[:rows], labels[:rows], 2 * rows * weight.numel()
+    logits = torch.empty(rows, weight.shape[0], device="cuda", dtype=torch.bfloat16)
+    dhidden, dweight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
+    softmax = partial(kernel.loss_and_gradient_, ignored=-100, z_loss=0.0, smoothing=0.0, cap=0.0)
+
+    def by_parts(size: int) -> None:
+        for part, into, some in zip(hidden.split(size), logits.split(size), labels.split(size), strict=True):
+            torch.mm(part, weight.t(), out=into)
+            softmax(into, some)
+
+    _print(f"{rows} rows, logits", lambda: torch.mm(hidden, weight.t(), out=logits), flops=flops)
+    _print(f"{rows} rows, softmax", lambda: softmax(logits, labels))
+    _print(f"{rows} rows, dhidden", lambda: torch.mm(logits, weight, out=dhidden), flops=flops)
+    for first in (True, False):
+        run = partial(chunks._accumulate, dweight, logits.t(), hidden, first)
+        _print(f"{rows} rows, dweight {'=' if first else '+='}", run, flops=flops)
+    for size in (rows, 1024, 512, 384):
+        _print(f"{rows} rows, logits and softmax {size} rows at a time", partial(by_parts, size))
+    _print("dweight to bf16", lambda: dweight.to(torch.bfloat16))
+
+
+def _print_softmax(vocabulary: int, labels: Tensor) -> None:
+    logits = torch.randn(labels.shape[0], vocabulary, device="cuda", dtype=torch.bfloat16)
+    standing = kernel.BLOCK, kernel.WARPS
+    by = [torch.rand(labels.shape[0], device="cuda") for _ in range(4)]
+    for block, warps in ((8192, 16), (32768, 32), (32768, 16), (4096, 8), (8192, 8), (16384, 16), (16384, 32)):
         kernel.BLOCK, kernel.WARPS = block, warps
-        run = partial(kernel.loss_and_gradient_, logits, labels[:1920], -100, 0.0, 0.0, 0.0)
-        print(f"softmax of 1920 rows, block {block}, {warps} warps: {milliseconds(run, 10, 2):.3f} ms", flush=True)
+        name = f"{labels.shape[0]} rows, block {block}, {warps} warps"
+        _print(f"{name}, loss and gradient", lambda: kernel.loss_and_gradient_(logits, labels, -100, 0.0, 0.0, 0.0))
+        _print(f"{name}, statistics", lambda: kernel.statistics(logits, labels, 0.0))
+        _print(f"{name}, gradient", lambda: kernel.gradient_(logits, labels, *by, 0.0))
+    kernel.BLOCK, kernel.WARPS = standing
 
 
 def main() -> None:

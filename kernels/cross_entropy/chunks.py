@@ -1,11 +1,13 @@
 """The chunk loops of cross entropy: matrix products around the softmax of reference.py or kernel.py.
 
-One chunk of logits exists at a time, in the dtype of the hidden states, and becomes its own gradient in place. The
-gradient of the weight is summed in fp32 (fp64 for fp64), in the order of the rows.
+One chunk of logits exists at a time, in the dtype of the hidden states, and becomes its own gradient in place. A
+gradient to which every chunk adds is summed in fp32 (fp64 for fp64), in the order of the chunks: the weight's where a
+chunk is a block of rows, that of the hidden states where it is a block of the vocabulary.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -14,14 +16,43 @@ from torch import Tensor
 
 from .reference import Pieces, compute_dtype
 
-# A chunk's rows: below 1/8 of all, so that its logits are; each chunk reads and writes the fp32 gradient of the weight
-# once, which below about 1024 rows costs more than its products, and beyond 4096 costs nothing to speak of.
-FEWEST_ROWS, MOST_ROWS, STEP = 1024, 4096, 128
+# A chunk's least rows or columns, below which the sum over chunks costs more than the products, and its most rows,
+# above which memory buys nothing more.
+FEWEST, MOST_ROWS = 1024, 5120
+# The outputs that one processor of a GPU makes at a time in cuBLAS's fastest product.
+TILE, TILE_WIDTH = 128, 256
 
 
-def chunk_rows(rows: int) -> int:
-    """Rows a chunk."""
-    return max(FEWEST_ROWS, min(MOST_ROWS, (rows // 8 - 1) // STEP * STEP))
+def chunk_rows(rows: int, width: int, processors: int) -> int:
+    """Rows a chunk. Its logits take 1/8 of all, and the room of the 16-bit gradient of the weight, not made yet."""
+    return _filling(rows, min(MOST_ROWS, rows // 8 + width), width, processors)
+
+
+def chunk_columns(rows: int, columns: int, width: int, processors: int) -> int:
+    """Columns a chunk, of a vocabulary above `rows`.
+
+    Its logits take 1/8 of all, and the room of an fp32 gradient of the weight less that of the hidden states' sum.
+    """
+    return _filling(columns, columns // 8 + 2 * columns * width // rows - width, width, processors)
+
+
+@functools.cache
+def _filling(size: int, most: int, width: int, processors: int) -> int:
+    """The part of `size` a chunk takes: at most `most`, and of the upper half of that what wastes least of a GPU.
+
+    The chunk's product with `width` columns has few tiles, and its last round may leave processors idle: 1920 rows of
+    width 2560 make 150 tiles, which take 132 processors two rounds; 3328 rows make 260, and take two as well.
+    """
+    most = max(FEWEST, most)
+    if size <= most:
+        return size
+
+    def filled(tiles: int) -> float:
+        tiles *= -(-width // TILE_WIDTH)
+        return tiles / (-(-tiles // processors) * processors)
+
+    tiles = most // TILE
+    return TILE * max(range(tiles // 2 + 1, tiles + 1), key=lambda count: (filled(count), count))
 
 
 def loss_and_gradients(
@@ -36,18 +67,18 @@ def loss_and_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(losses [N], gradient of hidden, gradient of weight in fp32) of the sum of the losses: three matrix products."""
     losses = hidden.new_empty(hidden.shape[0], dtype=compute_dtype(hidden))
-    dhidden, dweight = torch.empty_like(hidden), _weight_gradient(weight)
-    for rows, logits in _chunks(hidden, weight):
+    dhidden, dweight = torch.empty_like(hidden), _sum_like(weight)
+    for rows, logits in _row_chunks(hidden, weight):
         losses[rows] = softmax.loss_and_gradient_(logits, labels[rows], ignored, z_loss, smoothing, cap)
         torch.mm(logits, weight, out=dhidden[rows])
-        _accumulate(dweight, logits, hidden[rows], first=rows.start == 0)
+        _accumulate(dweight, logits.t(), hidden[rows], first=rows.start == 0)
     return losses, dhidden, dweight
 
 
 def pieces(softmax: ModuleType, hidden: Tensor, weight: Tensor, labels: Tensor, cap: float) -> Pieces:
     """(highest, total, target, spread) [N] over the rows of `weight`, with labels counted from its first."""
     outputs = hidden.new_empty(4, hidden.shape[0], dtype=compute_dtype(hidden))
-    for rows, logits in _chunks(hidden, weight):
+    for rows, logits in _row_chunks(hidden, weight):
         for output, piece in zip(outputs, softmax.statistics(logits, labels[rows], cap), strict=True):
             output[rows] = piece
     highest, total, target, spread = (output.clone() for output in outputs)
@@ -65,38 +96,64 @@ def pieces_gradients(
     by_spread: Tensor,
     cap: float,
 ) -> tuple[Tensor, Tensor]:
-    """(gradient of hidden, gradient of weight in fp32), from logits computed anew."""
-    dhidden, dweight = torch.empty_like(hidden), _weight_gradient(weight)
-    for rows, logits in _chunks(hidden, weight):
-        by = (t[rows] for t in (highest, by_total, by_target, by_spread))
-        softmax.gradient_(logits, labels[rows], *by, cap)
-        torch.mm(logits, weight, out=dhidden[rows])
-        _accumulate(dweight, logits, hidden[rows], first=rows.start == 0)
+    """(gradient of hidden, gradient of weight), one of them in fp32, from logits computed anew.
+
+    With every row's `highest` known, chunks may be of rows or of columns: whichever leaves the smaller sum to be read
+    and written once a chunk.
+    """
+    by = (highest, by_total, by_target, by_spread)
+    if hidden.shape[0] >= weight.shape[0]:
+        dhidden, dweight = torch.empty_like(hidden), _sum_like(weight)
+        for rows, logits in _row_chunks(hidden, weight):
+            softmax.gradient_(logits, labels[rows], *(t[rows] for t in by), cap)
+            torch.mm(logits, weight, out=dhidden[rows])
+            _accumulate(dweight, logits.t(), hidden[rows], first=rows.start == 0)
+    else:
+        dhidden, dweight = _sum_like(hidden), torch.empty_like(weight)
+        for columns, logits in _column_chunks(hidden, weight):
+            softmax.gradient_(logits, labels - columns.start, *by, cap)
+            torch.mm(logits.t(), hidden, out=dweight[columns])
+            _accumulate(dhidden, logits, weight[columns], first=columns.start == 0)
     return dhidden, dweight
 
 
-def _chunks(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
+def _row_chunks(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """(rows, their logits [n, V]) in order, all in one buffer."""
     count = hidden.shape[0]
-    step = min(count, chunk_rows(count))
-    buffer = hidden.new_empty(step, weight.shape[0])
+    step = min(count, chunk_rows(count, hidden.shape[1], _processors(hidden)))
+    buffer = hidden.new_empty(step * weight.shape[0])
     for start in range(0, count, step):
         rows = slice(start, min(start + step, count))
-        logits = buffer[: rows.stop - start]
-        torch.mm(hidden[rows], weight.t(), out=logits)
-        yield rows, logits
+        yield rows, _logits(hidden[rows], weight, buffer)
 
 
-def _weight_gradient(weight: Tensor) -> Tensor:
-    return torch.empty_like(weight, dtype=compute_dtype(weight))
+def _column_chunks(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """(columns, their logits [N, v]) in order, all in one buffer."""
+    count = weight.shape[0]
+    step = min(count, chunk_columns(hidden.shape[0], count, weight.shape[1], _processors(hidden)))
+    buffer = hidden.new_empty(step * hidden.shape[0])
+    for start in range(0, count, step):
+        columns = slice(start, min(start + step, count))
+        yield columns, _logits(hidden, weight[columns], buffer)
 
 
-def _accumulate(dweight: Tensor, dlogits: Tensor, hidden: Tensor, first: bool) -> None:
-    """dweight += dlogits^T hidden, or = for the first chunk; on a GPU 16-bit factors meet the fp32 sum in cuBLAS."""
+def _logits(hidden: Tensor, weight: Tensor, buffer: Tensor) -> Tensor:
+    rows, columns = hidden.shape[0], weight.shape[0]
+    return torch.mm(hidden, weight.t(), out=buffer[: rows * columns].view(rows, columns))
+
+
+def _processors(tensor: Tensor) -> int:
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 1
+
+
+def _sum_like(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, dtype=compute_dtype(tensor))
+
+
+def _accumulate(into: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
+    """into += left right, or = for the first chunk; on a GPU 16-bit factors meet the fp32 sum in cuBLAS."""
     beta = 0 if first else 1
-    if dlogits.is_cuda and dlogits.dtype != dweight.dtype:
-        run = torch.ops.aten.addmm.dtype_out
-        run(dweight, dlogits.t(), hidden, dweight.dtype, beta=beta, out=dweight)
+    if left.is_cuda and left.dtype != into.dtype:
+        torch.ops.aten.addmm.dtype_out(into, left, right, into.dtype, beta=beta, out=into)
     else:
-        factors = dlogits.t().to(dweight.dtype), hidden.to(dweight.dtype)
-        torch.addmm(dweight, *factors, beta=beta, out=dweight)
+        torch.addmm(into, left.to(into.dtype), right.to(into.dtype), beta=beta, out=into)

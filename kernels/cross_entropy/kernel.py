@@ -1,7 +1,7 @@
 """Softmax statistics and cross-entropy gradients of a block of logits in Triton: one program a row, in place.
 
-A row is read twice, the second time from the L2 cache (64 KB at 32000 columns of 16 bits), and written once. Every sum
-has one fixed order, so bits repeat. The maths is in reference.py.
+A row of one block is read once and kept in registers. A longer one is read twice, the second time from the L2 cache
+(64 KB at 32000 columns of 16 bits). Every sum has one fixed order, so bits repeat. The maths is in reference.py.
 """
 
 # The types of jitted functions and of their launches are beyond a type checker.
@@ -20,7 +20,7 @@ from torch import Tensor
 from .reference import Pieces
 
 # Columns a step of a program: 16 values a thread.
-BLOCK, WARPS = 8192, 16
+BLOCK, WARPS = 8192, 8
 
 
 @triton.jit
@@ -31,6 +31,14 @@ def _scores(p_row, o_column, mask, other, cap, CAPPED: tl.constexpr):
         # tanh through exp, which the interpreter has too; exact at both ends.
         b = cap * (1.0 - 2.0 / (tl.exp(2.0 / cap * b) + 1.0))
     return tl.where(mask, b, other)
+
+
+@triton.jit
+def _target(p_row, i_label, columns, cap, CAPPED: tl.constexpr):
+    """The label's logit, 0 where the label is none of the columns."""
+    inside = (i_label >= 0) & (i_label < columns)
+    o_label = i_label + tl.arange(0, 1)
+    return tl.sum(_scores(p_row, o_label, inside & (o_label == i_label), 0.0, cap, CAPPED), 0)
 
 
 @triton.jit
@@ -47,10 +55,16 @@ def _row_statistics(p_row, i_label, columns, cap, CAPPED: tl.constexpr, BLOCK: t
         total = total * tl.exp(highest - higher) + tl.sum(tl.exp(b - higher), 0)
         spread += tl.sum(tl.where(mask, b, 0.0), 0)
         highest = higher
-    inside = (i_label >= 0) & (i_label < columns)
-    o_label = i_label + tl.arange(0, 1)
-    target = tl.sum(_scores(p_row, o_label, inside & (o_label == i_label), 0.0, cap, CAPPED), 0)
-    return highest, total, target, spread
+    return highest, total, _target(p_row, i_label, columns, cap, CAPPED), spread
+
+
+@triton.jit
+def _score_gradient(b, b_weight, o_column, i_label, by_total, by_target, by_spread, cap, CAPPED: tl.constexpr):
+    """The gradient of the logits whose capped scores are b, and b_weight = exp(b - highest)."""
+    b_grad = b_weight * by_total + by_spread + tl.where(o_column == i_label, by_target, 0.0)
+    if CAPPED:
+        b_grad *= 1.0 - (b / cap) * (b / cap)
+    return b_grad
 
 
 @triton.jit
@@ -70,9 +84,7 @@ def _row_gradient(
         o_column = i + tl.arange(0, BLOCK)
         mask = o_column < columns
         b = _scores(p_row, o_column, mask, 0.0, cap, CAPPED)
-        b_grad = tl.exp(b - highest) * by_total + by_spread + tl.where(o_column == i_label, by_target, 0.0)
-        if CAPPED:
-            b_grad *= 1.0 - (b / cap) * (b / cap)
+        b_grad = _score_gradient(b, tl.exp(b - highest), o_column, i_label, by_total, by_target, by_spread, cap, CAPPED)
         tl.store(p_row + o_column, b_grad.to(p_row.dtype.element_ty), mask=mask)
 
 
@@ -128,6 +140,16 @@ def _gradient(
 
 
 @triton.jit
+def _loss_and_factors(i_label, columns, highest, total, target, spread, ignored, z_loss, smoothing):
+    """(loss, by_total, by_target, by_spread) of one row."""
+    kept = (i_label != ignored).to(tl.float32)
+    lse = highest + tl.log(total)
+    loss = lse - (1.0 - smoothing) * target - smoothing / columns * spread + z_loss * lse * lse
+    by_total = kept * (1.0 + 2.0 * z_loss * lse) / total
+    return tl.where(i_label != ignored, loss, 0.0), by_total, kept * (smoothing - 1.0), -kept * smoothing / columns
+
+
+@triton.jit
 def _loss_and_gradient(
     p_logits,
     p_labels,
@@ -139,29 +161,34 @@ def _loss_and_gradient(
     cap,
     CAPPED: tl.constexpr,
     BLOCK: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
     i_row = tl.program_id(0).to(tl.int64)
     p_row = p_logits + i_row * columns
     i_label = tl.load(p_labels + i_row)
-    highest, total, target, spread = _row_statistics(p_row, i_label, columns, cap, CAPPED, BLOCK)
-    kept = (i_label != ignored).to(tl.float32)
-    lse = highest + tl.log(total)
-    loss = lse - (1.0 - smoothing) * target - smoothing / columns * spread + z_loss * lse * lse
-    tl.store(p_loss + i_row, tl.where(i_label != ignored, loss, 0.0))
-    # The label's logit is read before the row is overwritten.
-    tl.debug_barrier()
-    _row_gradient(
-        p_row,
-        i_label,
-        columns,
-        highest,
-        kept * (1.0 + 2.0 * z_loss * lse) / total,
-        kept * (smoothing - 1.0),
-        -kept * smoothing / columns,
-        cap,
-        CAPPED,
-        BLOCK,
-    )
+    if WHOLE:
+        o_column = tl.arange(0, BLOCK)
+        mask = o_column < columns
+        b = _scores(p_row, o_column, mask, float("-inf"), cap, CAPPED)
+        target = tl.sum(tl.where(o_column == i_label, b, 0.0), 0)
+        highest = tl.max(b, 0)
+        b_weight = tl.exp(b - highest)
+        b = tl.where(mask, b, 0.0)
+        spread = tl.sum(b, 0)
+        loss, by_total, by_target, by_spread = _loss_and_factors(
+            i_label, columns, highest, tl.sum(b_weight, 0), target, spread, ignored, z_loss, smoothing
+        )
+        b_grad = _score_gradient(b, b_weight, o_column, i_label, by_total, by_target, by_spread, cap, CAPPED)
+        tl.store(p_row + o_column, b_grad.to(p_row.dtype.element_ty), mask=mask)
+    else:
+        highest, total, target, spread = _row_statistics(p_row, i_label, columns, cap, CAPPED, BLOCK)
+        loss, by_total, by_target, by_spread = _loss_and_factors(
+            i_label, columns, highest, total, target, spread, ignored, z_loss, smoothing
+        )
+        # The label's logit is read before the row is overwritten.
+        tl.debug_barrier()
+        _row_gradient(p_row, i_label, columns, highest, by_total, by_target, by_spread, cap, CAPPED, BLOCK)
+    tl.store(p_loss + i_row, loss)
 
 
 def statistics(logits: Tensor, labels: Tensor, soft_cap: float) -> Pieces:
@@ -189,8 +216,10 @@ def loss_and_gradient_(
     """Losses [n], 0 where the label is `ignored`; overwrites the logits by the gradient of the losses' sum."""
     losses = _per_row(logits)
     with _on(logits):
+        options = _options(logits, cap)
+        whole = options["BLOCK"] >= logits.shape[1]
         _loss_and_gradient[(logits.shape[0],)](
-            logits, labels, losses, logits.shape[1], ignored, z_loss, smoothing, cap, **_options(logits, cap)
+            logits, labels, losses, logits.shape[1], ignored, z_loss, smoothing, cap, WHOLE=whole, **options
         )
     return losses
 

@@ -209,7 +209,7 @@ def _pieces_backward(
         by_spread,
         cap,
     )
-    return dhidden, dweight.to(weight.dtype) if dweight.dtype != weight.dtype else dweight
+    return dhidden.to(hidden.dtype), dweight.to(weight.dtype)
 
 
 @_forward.register_fake

@@ -24,12 +24,7 @@ Pieces = tuple[Tensor, Tensor, Tensor, Tensor]
 
 def statistics(logits: Tensor, labels: Tensor, soft_cap: float) -> Pieces:
     """(highest, total, target, spread) [n]; `target` is 0 where the label is not a column of these logits."""
-    scores = _capped(logits, soft_cap)
-    highest = scores.amax(1)
-    total = (scores - highest[:, None]).exp().sum(1)
-    inside = (labels >= 0) & (labels < logits.shape[1])
-    target = scores.gather(1, labels.where(inside, 0)[:, None]).squeeze(1).where(inside, 0)
-    return highest, total, target, scores.sum(1)
+    return _statistics(_capped(logits, soft_cap), labels)[0]
 
 
 def gradient_(
@@ -37,24 +32,20 @@ def gradient_(
 ) -> None:
     """Overwrites the logits by their gradient; by_total, by_target and by_spread are [n]."""
     scores = _capped(logits, cap)
-    grad = (scores - highest[:, None]).exp() * by_total[:, None] + by_spread[:, None]
-    inside = (labels >= 0) & (labels < logits.shape[1])
-    grad.scatter_add_(1, labels.where(inside, 0)[:, None], by_target.where(inside, 0)[:, None].to(grad.dtype))
-    if cap:
-        grad *= 1 - (scores / cap) ** 2
-    logits.copy_(grad)
+    _write_gradient(logits, scores, _weights(scores, highest), labels, by_total, by_target, by_spread, cap)
 
 
 def loss_and_gradient_(
     logits: Tensor, labels: Tensor, ignored: int, z_loss: float, smoothing: float, cap: float
 ) -> Tensor:
     """Losses [n], 0 where the label is `ignored`; overwrites the logits by the gradient of the losses' sum."""
-    pieces = statistics(logits, labels, cap)
+    scores = _capped(logits, cap)
+    pieces, weights = _statistics(scores, labels)
     highest, total = pieces[:2]
     kept = (labels != ignored).to(total.dtype)
     by_total = kept * (1 + 2 * z_loss * (highest + total.log())) / total
-    by_spread = -kept * smoothing / logits.shape[1]
-    gradient_(logits, labels, highest, by_total, kept * (smoothing - 1), by_spread, cap)
+    by_spread = -kept * smoothing / logits.shape[1] if smoothing else None
+    _write_gradient(logits, scores, weights, labels, by_total, kept * (smoothing - 1), by_spread, cap)
     return loss(pieces, labels, logits.shape[1], ignored, z_loss, smoothing)
 
 
@@ -74,3 +65,37 @@ def compute_dtype(tensor: Tensor) -> torch.dtype:
 def _capped(logits: Tensor, cap: float) -> Tensor:
     wide = logits.to(compute_dtype(logits))
     return cap * torch.tanh(wide / cap) if cap else wide
+
+
+def _weights(scores: Tensor, highest: Tensor) -> Tensor:
+    return (scores - highest[:, None]).exp_()
+
+
+def _statistics(scores: Tensor, labels: Tensor) -> tuple[Pieces, Tensor]:
+    """(pieces, exp(scores - highest))."""
+    highest = scores.amax(1)
+    weights = _weights(scores, highest)
+    inside = (labels >= 0) & (labels < scores.shape[1])
+    target = scores.gather(1, labels.where(inside, 0)[:, None]).squeeze(1).where(inside, 0)
+    return (highest, weights.sum(1), target, scores.sum(1)), weights
+
+
+def _write_gradient(
+    logits: Tensor,
+    scores: Tensor,
+    weights: Tensor,
+    labels: Tensor,
+    by_total: Tensor,
+    by_target: Tensor,
+    by_spread: Tensor | None,
+    cap: float,
+) -> None:
+    """Overwrites `logits` by the gradient, and `weights` on the way; None for a spread that counts for nothing."""
+    grad = weights.mul_(by_total[:, None])
+    if by_spread is not None:
+        grad += by_spread[:, None]
+    inside = (labels >= 0) & (labels < logits.shape[1])
+    grad.scatter_add_(1, labels.where(inside, 0)[:, None], by_target.where(inside, 0)[:, None].to(grad.dtype))
+    if cap:
+        grad *= 1 - (scores / cap) ** 2
+    logits.copy_(grad)

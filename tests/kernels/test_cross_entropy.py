@@ -41,8 +41,9 @@ def with_gradients(function, inputs, seed=1):
 
 @pytest.fixture
 def short_chunks(monkeypatch):
-    """Chunks of 7 rows, so that a few rows make several."""
-    monkeypatch.setattr(chunks, "chunk_rows", lambda rows: 7)
+    """Chunks of 7 rows or 3 columns, so that a few rows or columns make several."""
+    monkeypatch.setattr(chunks, "chunk_rows", lambda *_: 7)
+    monkeypatch.setattr(chunks, "chunk_columns", lambda *_: 3)
 
 
 @options_given
@@ -67,10 +68,14 @@ def test_gradcheck(options, short_chunks):
 
 @options_given
 @pytest.mark.parametrize("implementation", ["reference", "triton"])
-def test_slices_of_the_vocabulary_combine(implementation, options, device, short_chunks):
-    """Pieces of three slices, combined as tensor parallelism does, are the whole, and so are their gradients."""
+@pytest.mark.parametrize("rows", [4, 12])
+def test_slices_of_the_vocabulary_combine(rows, implementation, options, device, short_chunks):
+    """Pieces of three slices, combined as tensor parallelism does, are the whole, and so are their gradients.
+
+    Slices of 8, 8 and 5: of 4 rows the backward pass goes by columns, of 12 by rows.
+    """
     dtype = torch.float64 if implementation == "reference" else torch.float32
-    inputs, labels = make(12, 6, 21, dtype, device)
+    inputs, labels = make(rows, 6, 21, dtype, device)
     rest = dict(options)
     cap = rest.pop("soft_cap", 0.0)
 
@@ -112,8 +117,9 @@ def kernel_against_bar(dtype, options, shape, device):
 
 @options_given
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
-def test_kernel_within_bar(dtype, options, device, short_chunks):
-    kernel_against_bar(dtype, options, (10, 6, 37), device)
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_kernel_within_bar(reduction, dtype, options, device, short_chunks):
+    kernel_against_bar(dtype, {**options, "reduction": reduction}, (10, 6, 37), device)
 
 
 def test_kernel_over_many_blocks(device, monkeypatch):
@@ -127,8 +133,9 @@ def test_kernel_over_many_blocks(device, monkeypatch):
 @options_given
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("shape", [(1, 64, 257), (2500, 128, 32000), (1100, 72, 50257)], ids=str)
-def test_kernel_within_bar_on_gpu(shape, dtype, options):
-    kernel_against_bar(dtype, options, shape, "cuda")
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_kernel_within_bar_on_gpu(reduction, shape, dtype, options):
+    kernel_against_bar(dtype, {**options, "reduction": reduction}, shape, "cuda")
 
 
 def test_ignored_rows_count_for_nothing(device):
@@ -161,9 +168,26 @@ def test_without_gradients_it_is_the_same_loss(device):
     torch.testing.assert_close(quiet, linear_cross_entropy(hidden, weight, labels, implementation="triton").detach())
 
 
-def test_chunks_hold_an_eighth_of_the_logits():
-    assert all(chunks.chunk_rows(rows) < rows / 8 for rows in (16384, 10000, 131072))
-    assert chunks.chunk_rows(5) == chunks.FEWEST_ROWS and chunks.chunk_rows(10**6) == chunks.MOST_ROWS
+SIZES = [(16384, 2560, 32000), (32768, 2048, 50257), (131072, 1024, 32000), (10000, 512, 256000)]
+
+
+@pytest.mark.parametrize(("rows", "width", "vocabulary"), SIZES)
+def test_chunks_hold_an_eighth_of_the_logits_beyond_gradients(rows, width, vocabulary):
+    """Of 16-bit inputs: in bytes, without the gradients and one fp32 gradient of the weight."""
+    eighth = 2 * rows * vocabulary // 8
+    wide, narrow = 4 * vocabulary * width, 2 * vocabulary * width
+    held = 2 * vocabulary * chunks.chunk_rows(rows, width, 132)
+    assert held - narrow <= eighth  # the forward pass: the weight's gradient is in fp32 only
+    held = 2 * rows * chunks.chunk_columns(rows, vocabulary, width, 132)
+    assert rows >= vocabulary or held + 2 * rows * width - wide <= eighth
+
+
+def test_chunks_fill_the_processors():
+    assert chunks.chunk_rows(16384, 2560, 132) == 3328  # 26 x 10 tiles: two rounds of 132 less 4
+    assert chunks.chunk_rows(16384, 2048, 132) == 4096  # 32 x 8 tiles
+    assert chunks.chunk_columns(16384, 32000, 2560, 132) == 8448  # 66 x 10 tiles: five rounds
+    assert chunks.chunk_rows(700, 2560, 132) == 700
+    assert chunks.chunk_rows(10**6, 64, 1) == chunks.MOST_ROWS
 
 
 @pytest.mark.parametrize("reduction", ["sum", "none"])
