@@ -6,6 +6,7 @@ the state, tail or keys left of it and its Segments, the result is the one the w
 
 from .attention import attention
 from .cross_entropy import linear_cross_entropy, loss_from_pieces, vocabulary_pieces
+from .linear_attention import linear_attention, linear_attention_step, linear_attention_summarize
 from .linear_scan import linear_scan, linear_scan_summarize
 from .rg_lru import rg_lru, rg_lru_summarize
 from .segments import Segments
@@ -15,6 +16,9 @@ from .taylor_attention import taylor_attention, taylor_attention_step, taylor_at
 __all__ = [
     "Segments",
     "attention",
+    "linear_attention",
+    "linear_attention_step",
+    "linear_attention_summarize",
     "linear_cross_entropy",
     "linear_scan",
     "linear_scan_summarize",

@@ -22,8 +22,10 @@ _HALF_AND_SINGLE = frozenset({torch.float32, torch.float16, torch.bfloat16})
 KERNELS = {
     "attention": _HALF_AND_SINGLE,
     "cross_entropy": _HALF_AND_SINGLE,
+    "linear_attention": _HALF_AND_SINGLE,
     "linear_scan": _HALF_AND_SINGLE,
     "rg_lru": _HALF_AND_SINGLE,
+    "short_conv": _HALF_AND_SINGLE,
     "taylor_attention": _HALF_AND_SINGLE,
 }
 IMPLEMENTATIONS = ("auto", "reference", "triton")

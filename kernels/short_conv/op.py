@@ -1,10 +1,12 @@
-"""short_conv as a differentiable op: checks, dispatch, autograd. The maths is in reference.py.
+"""short_conv as a differentiable op: checks, dispatch, autograd. The maths is in reference.py and kernel.py.
 
 Each pass is one custom operator, opaque to torch.compile and to activation checkpointing. Saved for the backward
 pass: the inputs; the pre-activation is recomputed.
 """
 
 from __future__ import annotations
+
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -33,7 +35,8 @@ def short_conv(
 
     Args:
         x: [B, T, D].
-        weight: [D, S]; weight[:, -1] multiplies the current token.
+        weight: [D, S]; weight[:, -1] multiplies the current token. Or [H, S] with H a divisor of D: the D / H channels
+            of a head share a filter.
         bias: [D], or None.
         tail: [B, S - 1, D], the inputs left of the piece, oldest first; None for zeros.
         segments: documents of the piece; None for one run of tokens that continues.
@@ -45,9 +48,8 @@ def short_conv(
         new_tail: [B, S - 1, D], the tail for the piece that follows.
     """
     _check(x, weight, bias, tail, segments, activation)
-    resolve(implementation, "short_conv", x.device, max(x.dtype, weight.dtype, key=lambda d: d.itemsize))
     positions = None if segments is None else segments.positions
-    y = _forward(x, weight, bias, tail, positions, activation)
+    y = _forward(x, weight, bias, tail, positions, activation, implementation)
     return y, _tail_after(x, tail, weight.shape[1] - 1)
 
 
@@ -68,7 +70,12 @@ def _check(
     activation: str | None,
 ) -> None:
     check_tensor("x", x, (None, None, None))
-    check_tensor("weight", weight, (x.shape[2], None), x)
+    check_tensor("weight", weight, (None, None), x)
+    if x.shape[2] % weight.shape[0]:
+        raise ValueError(
+            f"weight has shape {list(weight.shape)}, expected [{x.shape[2]} or a divisor of it, any] for x of "
+            f"{x.shape[2]} channels"
+        )
     if bias is not None:
         check_tensor("bias", bias, (x.shape[2],), x)
     if tail is not None:
@@ -76,6 +83,16 @@ def _check(
     check_segments(segments, x)
     if activation is not None and activation not in reference.ACTIVATIONS:
         raise ValueError(f"activation={activation!r}, expected None or one of {', '.join(reference.ACTIVATIONS)}")
+
+
+def _module(implementation: str, x: Tensor, weight: Tensor) -> ModuleType:
+    """reference.py or kernel.py, which hold the same functions."""
+    dtype = max(x.dtype, weight.dtype, key=lambda d: d.itemsize)
+    if resolve(implementation, "short_conv", x.device, dtype) == "reference":
+        return reference
+    from . import kernel
+
+    return kernel
 
 
 @torch.library.custom_op("longscan::short_conv", mutates_args=())
@@ -86,8 +103,9 @@ def _forward(
     tail: Tensor | None,
     positions: Tensor | None,
     activation: str | None,
+    implementation: str,
 ) -> Tensor:
-    return reference.forward(x, weight, bias, tail, positions, activation)
+    return _module(implementation, x, weight).forward(x, weight, bias, tail, positions, activation)
 
 
 @torch.library.custom_op("longscan::short_conv_backward", mutates_args=())
@@ -99,18 +117,20 @@ def _backward(
     tail: Tensor | None,
     positions: Tensor | None,
     activation: str | None,
+    implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dx, dweight, dbias, dtail = reference.backward(dy, x, weight, bias, tail, positions, activation)
+    backward = _module(implementation, x, weight).backward
+    dx, dweight, dbias, dtail = backward(dy, x, weight, bias, tail, positions, activation)
     return dx, dweight, dbias if bias is None else dbias.to(bias.dtype), dtail if tail is None else dtail.to(tail.dtype)
 
 
 @_forward.register_fake
-def _(x, weight, bias, tail, positions, activation):
+def _(x, weight, bias, tail, positions, activation, implementation):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 @_backward.register_fake
-def _(dy, x, weight, bias, tail, positions, activation):
+def _(dy, x, weight, bias, tail, positions, activation, implementation):
     (batch, _, width), taps = x.shape, weight.shape[1]
     wide = torch.float64 if torch.float64 in (x.dtype, weight.dtype) else torch.float32
     return (
@@ -122,14 +142,14 @@ def _(dy, x, weight, bias, tail, positions, activation):
 
 
 def _save(ctx, inputs, output):
-    *tensors, ctx.activation = inputs
+    *tensors, ctx.activation, ctx.implementation = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _gradients(ctx, dy: Tensor):
     x, weight, bias, tail, positions = ctx.saved_tensors
-    dx, dweight, dbias, dtail = _backward(dy, x, weight, bias, tail, positions, ctx.activation)
-    return dx, dweight, None if bias is None else dbias, None if tail is None else dtail, None, None
+    dx, dweight, dbias, dtail = _backward(dy, x, weight, bias, tail, positions, ctx.activation, ctx.implementation)
+    return dx, dweight, None if bias is None else dbias, None if tail is None else dtail, None, None, None
 
 
 _forward.register_autograd(_gradients, setup_context=_save)

@@ -47,7 +47,7 @@ def backward(
     else:
         before = _preactivation(x, weight, bias, tail, positions)
         grad = _through_activation(dy.to(dtype), before, activation)
-    values, columns = x.to(dtype), weight.to(dtype).t().contiguous()
+    values, columns = x.to(dtype), _columns(weight, x.shape[2], dtype)
     dx = grad * columns[-1]
     dtail = dx.new_zeros(batch, taps - 1, width)
     dcolumns = torch.empty_like(columns)
@@ -64,7 +64,8 @@ def backward(
         dtail[:, entries].addcmul_(grad[:, :inner], column)
         if tail is not None:
             dcolumns[-1 - s] += _contract(grad[:, :inner], tail[:, entries].to(dtype))
-    return dx.to(x.dtype), dcolumns.t().to(weight.dtype).contiguous(), dbias, dtail
+    dweight = dcolumns.view(taps, weight.shape[0], -1).sum(2).t()
+    return dx.to(x.dtype), dweight.to(weight.dtype).contiguous(), dbias, dtail
 
 
 def _preactivation(
@@ -72,7 +73,7 @@ def _preactivation(
 ) -> Tensor:
     dtype = _compute_dtype(x, weight)
     tokens, taps = x.shape[1], weight.shape[1]
-    values, columns = x.to(dtype), weight.to(dtype).t().contiguous()
+    values, columns = x.to(dtype), _columns(weight, x.shape[2], dtype)
     y = values * columns[-1]
     if bias is not None:
         y += bias.to(dtype)
@@ -90,6 +91,11 @@ def _preactivation(
                 reached[(positions[:, :inner] < s).nonzero(as_tuple=True)] = 0
             y[:, :inner] += reached
     return y
+
+
+def _columns(weight: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """[S, D]: the filter of every channel, those of a head repeated."""
+    return weight.to(dtype).t().repeat_interleave(width // weight.shape[0], 1)
 
 
 def _through_activation(grad: Tensor, before: Tensor, activation: str) -> Tensor:

@@ -19,7 +19,8 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
         ("auto", "linear_scan", CUDA, torch.bfloat16, "triton"),
         ("auto", "rg_lru", CUDA, torch.float64, "reference"),
         ("auto", "attention", CUDA, torch.bfloat16, "triton"),
-        ("auto", "short_conv", CUDA, torch.bfloat16, "reference"),
+        ("auto", "linear_attention", CUDA, torch.bfloat16, "triton"),
+        ("auto", "short_conv", CUDA, torch.bfloat16, "triton"),
         ("reference", "rg_lru", CUDA, torch.bfloat16, "reference"),
         ("triton", "rg_lru", CUDA, torch.float16, "triton"),
     ],
@@ -33,7 +34,7 @@ def test_choice(asked, op, device, dtype, chosen):
     [
         ("linear_scan", CPU, torch.float32, "the inputs are on cpu; it needs CUDA, or TRITON_INTERPRET=1"),
         ("linear_scan", CUDA, torch.float64, "its kernel has no torch.float64"),
-        ("short_conv", CUDA, torch.float32, "this op has no Triton kernel"),
+        ("rms_norm", CUDA, torch.float32, "this op has no Triton kernel"),
     ],
 )
 def test_reasons(op, device, dtype, reason, monkeypatch):

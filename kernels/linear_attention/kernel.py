@@ -1,0 +1,847 @@
+"""Linear attention in Triton: programs walk pieces of a row with the state in registers, which never reaches memory.
+
+One kernel does every pass. It computes out_i = sum_j (x_i . y_j) u_j over the tokens j that i sees, those of its own
+chunk as a small quadratic form and all others by the state S = sum_j y_j u_j^T:
+
+    y:  x, y, u = q, k, v, left to right          dv: k, q, dy, right to left
+    dq: dy, v, k, left to right                   dk: v, dy, q, right to left
+
+where the walks for dq and dk read the state transposed. So each reads three tensors and writes one. Where rows, heads
+and blocks of columns alone do not fill the GPU the row is cut in pieces: the same kernel first leaves each piece's sum
+alone, and `_fold` makes of these the states that enter the pieces.
+
+With groups the state is kept in two parts: the sum over completed groups, which all see, and that of the open group,
+which those of later groups see. They are joined where the group changes. At the ends of a row the state is given as
+(both, open) from left to right, and its gradient, walked from right to left, as (both, -open).
+
+bf16 inputs are multiplied as bf16, fp16 as tf32 (states may exceed fp16), fp32 as fp32. Every sum has one fixed order,
+so bits repeat. No exponential is taken of a positive number. Documents and groups are numbered from 0, those that
+entered.
+"""
+
+# The types of jitted functions and of their launches are beyond a type checker.
+# pyright: reportCallIssue=false, reportReturnType=false, reportGeneralTypeIssues=false, reportIndexIssue=false, reportArgumentType=false
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Programs of a walk that fill a GPU of 132 SMs, and so many that cutting rows no longer pays for the second reading.
+PROGRAMS, ENOUGH = 396, 128
+# Pieces are whole multiples of it.
+UNIT = 128
+# Tokens a chunk for 16-bit operands and for wider ones, whose tiles take twice the room, half as many above width 64.
+CHUNK, WIDE_CHUNK = 64, 32
+
+
+class Tile(NamedTuple):
+    """How a walk is laid out: columns of the state a program, warps, stages of its loads."""
+
+    block: int
+    warps: int
+    stages: int
+
+
+# By the padded width of x and y. All rows of the state are in registers; with groups there are two states.
+TILES = {
+    16: Tile(64, 4, 3),
+    32: Tile(64, 4, 3),
+    64: Tile(64, 4, 3),
+    128: Tile(64, 4, 2),
+    256: Tile(32, 4, 2),
+}
+WIDE_TILES = dict.fromkeys((16, 32, 64), Tile(32, 4, 1)) | {128: Tile(32, 8, 1), 256: Tile(16, 8, 1)}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How [B, T, H, K] and [B, T, Hkv, V] are cut, and what the kernels multiply in."""
+
+    batch: int
+    tokens: int
+    heads: int
+    key_heads: int
+    key_dim: int
+    value_dim: int
+    width: int
+    slots: int
+    chunk: int
+    pieces: int
+    span: int
+    operand: Any
+    precision: str
+    device: torch.device
+
+    def tile(self, x_dim: int, u_dim: int) -> Tile:
+        """The tile of a walk whose state has rows of x and columns of u."""
+        tile = (TILES if self.operand == tl.bfloat16 else WIDE_TILES)[_padded(x_dim)]
+        block = max(16, min(tile.block // self.slots, _padded(u_dim)))
+        return tile._replace(block=block)
+
+    @property
+    def chunks(self) -> int:
+        """Chunks a row."""
+        return triton.cdiv(self.tokens, self.chunk)
+
+    def empty_states(self, count: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """[B, Hkv, count, slots, K, W]."""
+        shape = (self.batch, self.key_heads, count, self.slots, self.key_dim, self.width)
+        return torch.empty(shape, dtype=dtype, device=self.device)
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """What every kernel takes."""
+        return {"tokens": self.tokens, "width": self.width, "C": self.chunk, "OPERAND": self.operand} | {
+            "PRECISION": self.precision
+        }
+
+
+def _padded(width: int) -> int:
+    return max(16, triton.next_power_of_2(width))
+
+
+def _cut(tokens: int, rows: int, value_dim: int) -> tuple[int, int]:
+    """(pieces, tokens a piece) of the rows of all heads."""
+    programs, units = rows * -(-value_dim // 64), -(-tokens // UNIT)
+    pieces = 1 if programs >= ENOUGH else min(units, -(-PROGRAMS // programs))
+    span = -(-units // pieces)
+    return -(-units // span), span * UNIT
+
+
+def plan(q: Tensor | None, k: Tensor, v: Tensor, groups: Tensor | None, normalize: bool) -> Plan:
+    """The cut for inputs: chunks by their dtype, pieces enough to fill the GPU."""
+    batch, tokens, key_heads, key_dim = k.shape
+    heads = key_heads if q is None else q.shape[2]
+    narrow = k.dtype == torch.bfloat16
+    wide_chunk = WIDE_CHUNK if max(key_dim, v.shape[3]) <= 64 else WIDE_CHUNK // 2
+    chunk = min(CHUNK if narrow else wide_chunk, UNIT, max(16, triton.next_power_of_2(tokens)))
+    # The interpreter multiplies the bits of bf16; there the operands are fp32.
+    operand = tl.bfloat16 if narrow and k.is_cuda else tl.float32
+    precision = "ieee" if k.dtype == torch.float32 else "tf32"
+    slots = 1 if groups is None else 2
+    width = v.shape[3] + normalize
+    pieces, span = _cut(tokens, batch * heads, v.shape[3])
+    return Plan(
+        batch, tokens, heads, key_heads, key_dim, v.shape[3], width, slots, chunk, pieces, span, operand, precision,
+        k.device,
+    )  # fmt: skip
+
+
+def room(q: Tensor, k: Tensor, v: Tensor, state: tuple[int, ...]) -> Tensor:
+    """An empty tensor of the shape of the states that enter the pieces, [B, Hkv, pieces, slots, K, W]."""
+    pieces, _ = _cut(q.shape[1], q.shape[0] * q.shape[2], v.shape[3])
+    return q.new_empty(*state[:2], pieces, *state[2:], dtype=torch.float32)
+
+
+@triton.jit
+def _rows(pointer, i_row, i_head, begin, o_d, tokens, heads, dim, C: tl.constexpr):
+    """[C, D] from token `begin` of a head of a row on, from [B, T, heads, dim]; zeros beyond the ends."""
+    # Only the chunk's own place takes 64 bits.
+    base = pointer + ((i_row.to(tl.int64) * tokens + begin) * heads + i_head) * dim
+    o_c = tl.arange(0, C)
+    mask = (begin + o_c < tokens)[:, None] & (o_d[None, :] < dim)
+    return tl.load(base + (o_c * (heads * dim))[:, None] + o_d[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _scalars(pointer, i, o_t, tokens):
+    """[C] of row i from [rows, T]; zeros beyond the end."""
+    return tl.load(pointer + i.to(tl.int64) * tokens + o_t, mask=o_t < tokens, other=0.0)
+
+
+@triton.jit
+def _id(p_ids, i_row, o_t, tokens):
+    """The document or group of token or tokens o_t: of the last token beyond the end, 0 before the first."""
+    at = p_ids + i_row.to(tl.int64) * tokens + tl.minimum(tl.maximum(o_t, 0), tokens - 1)
+    return tl.where(o_t < 0, 0, tl.load(at))
+
+
+@triton.jit
+def _walk(
+    p_x,
+    p_y,
+    p_u,
+    p_out,
+    p_result,
+    p_inverse,
+    p_drop,
+    p_decay,
+    p_documents,
+    p_groups,
+    p_entering,
+    p_leaving,
+    p_states,
+    scale,
+    eps,
+    tokens,
+    heads,
+    x_dim,
+    u_dim,
+    width,
+    span,
+    pieces,
+    C: tl.constexpr,
+    BLOCK_X: tl.constexpr,
+    BLOCK_U: tl.constexpr,
+    SHARED: tl.constexpr,
+    SHARING: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+    REVERSE: tl.constexpr,
+):
+    """out of a piece for a head and a block of columns of u, as the module says; without p_out only the state.
+
+    A state lies in memory as [K, W], by y and u of the first walk; TRANSPOSED ones are read the other way. NORMALIZE
+    adds the normaliser's column of the state: v has a last entry 1, and dy the gradient -drop = -dy . y of the sum.
+    It meets the columns of the state (y), or its rows where TRANSPOSED (dq, dk); dv does without.
+
+    The query's factor, scale * inverse, multiplies out from left to right and y from right to left.
+
+    Args:
+        p_result: [B, T, H, V] y, for dq of a normalised y; then p_drop is written, else read from right to left.
+        p_inverse: [B, H, T] of the normaliser, written with y and read after it.
+        p_decay: [B, Hkv, T] log_a.
+        p_entering: the states [B, Hkv, pieces, slots, K, W] that enter; None for zero.
+        p_leaving: likewise, those that leave.
+        p_states: [B, Hkv, chunks, slots, K, W], those that enter each chunk.
+        SHARED: heads of x for each of y; SHARING: heads of y for each of x.
+    """
+    i_head = tl.program_id(1) % heads
+    i_row = tl.program_id(1) // heads
+    i_piece = tl.program_id(2)
+    state_heads = heads // SHARED
+    y_heads = state_heads * SHARING
+    i_state = i_row * state_heads + i_head // SHARED
+    o_x = tl.arange(0, BLOCK_X)
+    o_u = tl.program_id(0) * BLOCK_U + tl.arange(0, BLOCK_U)
+    o_z = (o_u if TRANSPOSED else o_x) * width + width - 1
+    in_z = (o_u < u_dim) if TRANSPOSED else (o_x < x_dim)
+    o_s = o_x[:, None] + o_u[None, :] * width if TRANSPOSED else o_x[:, None] * width + o_u[None, :]
+    in_s = (o_x[:, None] < x_dim) & (o_u[None, :] < u_dim)
+    slots = 1 if p_groups is None else 2
+    size = (u_dim if TRANSPOSED else x_dim) * width
+    b_s = tl.zeros([BLOCK_X, BLOCK_U], tl.float32)
+    b_z = tl.zeros([BLOCK_U if TRANSPOSED else BLOCK_X], tl.float32)
+    if p_groups is not None:
+        b_open = b_s
+        b_open_z = b_z
+    o_piece = (i_state.to(tl.int64) * pieces + i_piece) * slots * size
+    if p_entering is not None:
+        b_s = tl.load(p_entering + o_piece + o_s, mask=in_s, other=0.0)
+        if NORMALIZE:
+            b_z = tl.load(p_entering + o_piece + o_z, mask=in_z, other=0.0)
+        if p_groups is not None:
+            b_open = tl.load(p_entering + o_piece + size + o_s, mask=in_s, other=0.0)
+            if NORMALIZE:
+                b_open_z = tl.load(p_entering + o_piece + size + o_z, mask=in_z, other=0.0)
+    begin = i_piece * (span // C)
+    count = tl.cdiv(tl.minimum(span, tokens - i_piece * span), C)
+    for i in range(0, count):
+        i_chunk = begin + (count - 1 - i if REVERSE else i)
+        o_t = i_chunk * C + tl.arange(0, C)
+        if p_documents is not None:
+            before = _id(p_documents, i_row, i_chunk * C - 1, tokens)
+            last = _id(p_documents, i_row, i_chunk * C + C - 1, tokens)
+            b_documents = _id(p_documents, i_row, o_t, tokens)
+            b_sees = b_documents == (last if REVERSE else before)
+            b_goes = b_documents == (before if REVERSE else last)
+        if p_groups is not None:
+            # The open group's part counts as completed once the walk has left the group.
+            b_groups = _id(p_groups, i_row, o_t, tokens)
+            first_group = _id(p_groups, i_row, i_chunk * C, tokens)
+            last_group = _id(p_groups, i_row, i_chunk * C + C - 1, tokens)
+            outside = _id(p_groups, i_row, i_chunk * C + C if REVERSE else i_chunk * C - 1, tokens)
+            near = last_group if REVERSE else first_group
+            far = first_group if REVERSE else last_group
+            left = (near != outside).to(tl.float32)
+            b_s += left * b_open
+            b_open *= 1 - left
+            b_z += left * b_open_z
+            b_open_z *= 1 - left
+        if p_decay is not None:
+            b_a = _scalars(p_decay, i_state, o_t, tokens)
+            total = tl.sum(b_a, 0)
+            b_rest = tl.minimum(tl.cumsum(b_a, 0, reverse=True) - b_a, 0.0)
+            b_a = tl.cumsum(b_a, 0)
+        if p_states is not None:
+            p_state = p_states + (i_state.to(tl.int64) * tl.cdiv(tokens, C) + i_chunk) * slots * size
+            tl.store(p_state + o_s, b_s.to(p_states.dtype.element_ty), mask=in_s)
+            if NORMALIZE:
+                tl.store(p_state + o_z, b_z.to(p_states.dtype.element_ty), mask=in_z)
+            if p_groups is not None:
+                tl.store(p_state + size + o_s, b_open.to(p_states.dtype.element_ty), mask=in_s)
+                if NORMALIZE:
+                    tl.store(p_state + size + o_z, b_open_z.to(p_states.dtype.element_ty), mask=in_z)
+        if p_out is not None:
+            b_x = _rows(p_x, i_row, i_head, i_chunk * C, o_x, tokens, heads, x_dim, C)
+            if NORMALIZE and TRANSPOSED:
+                # What x has for the normaliser's row.
+                b_e = tl.full([C], 1.0, tl.float32)
+                if not REVERSE:
+                    b_result = _rows(p_result, i_row, i_head, i_chunk * C, o_x, tokens, heads, x_dim, C)
+                    b_e = -tl.sum(b_x.to(tl.float32) * b_result.to(tl.float32), 1)
+                    # Every block of columns finds the same; the first one writes it.
+                    here = (o_t < tokens) & (tl.program_id(0) == 0)
+                    tl.store(p_drop + tl.program_id(1).to(tl.int64) * tokens + o_t, -b_e, mask=here)
+            b_o = tl.dot(b_x.to(OPERAND), b_s.to(OPERAND), input_precision=PRECISION)
+            b_sum = tl.zeros([C], tl.float32)
+            if p_groups is not None:
+                b_later = b_groups != near
+                b_late = tl.dot(b_x.to(OPERAND), b_open.to(OPERAND), input_precision=PRECISION)
+                b_o += tl.where(b_later[:, None], b_late, 0.0)
+            if NORMALIZE and TRANSPOSED:
+                b_o += b_e[:, None] * b_z[None, :]
+                if p_groups is not None:
+                    b_o += tl.where(b_later, b_e, 0.0)[:, None] * b_open_z[None, :]
+            elif NORMALIZE:
+                b_sum = tl.sum(b_x.to(tl.float32) * b_z[None, :], 1)
+                if p_groups is not None:
+                    b_sum += tl.where(b_later, tl.sum(b_x.to(tl.float32) * b_open_z[None, :], 1), 0.0)
+            b_factor = tl.full([C], 1.0, tl.float32)
+            if p_decay is not None:
+                b_factor = tl.exp(b_rest if REVERSE else b_a)
+            if p_documents is not None:
+                b_factor = tl.where(b_sees, b_factor, 0.0)
+            if p_decay is not None or p_documents is not None:
+                b_o *= b_factor[:, None]
+                b_sum *= b_factor
+            # Which y each x sees, and from how far.
+            if p_groups is not None:
+                if REVERSE:
+                    live = b_groups[:, None] < b_groups[None, :]
+                else:
+                    live = b_groups[:, None] > b_groups[None, :]
+            elif REVERSE:
+                live = o_t[:, None] <= o_t[None, :]
+            else:
+                live = o_t[:, None] >= o_t[None, :]
+            if p_documents is not None:
+                live &= b_documents[:, None] == b_documents[None, :]
+        # What this chunk does to the state that it passes on.
+        kept = 1.0
+        if p_decay is not None:
+            kept = tl.exp(total)
+        if p_documents is not None:
+            kept = tl.where(before == last, kept, 0.0)
+        if p_groups is not None:
+            left = (near != far).to(tl.float32)
+            b_s += left * b_open
+            b_open *= kept * (1 - left)
+            b_z += left * b_open_z
+            b_open_z *= kept * (1 - left)
+        if p_decay is not None or p_documents is not None:
+            b_s *= kept
+            b_z *= kept
+        if p_y is not None:
+            for i_shared in range(0, SHARING):
+                i_y = i_head // SHARED * SHARING + i_shared
+                b_y = _rows(p_y, i_row, i_y, i_chunk * C, o_x, tokens, y_heads, x_dim, C)
+                b_u = _rows(p_u, i_row, i_y, i_chunk * C, o_u, tokens, y_heads, u_dim, C)
+                b_w = tl.full([C], 1.0, tl.float32)
+                b_f = b_w
+                if REVERSE:
+                    b_w *= scale
+                    if p_inverse is not None:
+                        b_w *= _scalars(p_inverse, i_row * y_heads + i_y, o_t, tokens)
+                    if NORMALIZE:
+                        b_f = -_scalars(p_drop, i_row * y_heads + i_y, o_t, tokens)
+                if p_out is not None:
+                    b_p = tl.dot(b_x.to(OPERAND), tl.trans(b_y).to(OPERAND), input_precision=PRECISION)
+                    if NORMALIZE and TRANSPOSED:
+                        b_p += b_e[:, None] * b_f[None, :]
+                    if REVERSE:
+                        b_p *= b_w[None, :]
+                    if p_decay is not None:
+                        if REVERSE:
+                            b_gap = b_a[None, :] - b_a[:, None]
+                        else:
+                            b_gap = b_a[:, None] - b_a[None, :]
+                        b_p *= tl.exp(tl.minimum(b_gap, 0.0))
+                    b_p = tl.where(live, b_p, 0.0)
+                    if NORMALIZE and not TRANSPOSED:
+                        b_sum += tl.sum(b_p, 1)
+                    b_o = tl.dot(b_p.to(OPERAND), b_u.to(OPERAND), b_o, input_precision=PRECISION)
+                if p_decay is not None:
+                    b_w *= tl.exp(b_a if REVERSE else b_rest)
+                if p_documents is not None:
+                    b_w = tl.where(b_goes, b_w, 0.0)
+                if p_groups is not None:
+                    b_here = tl.where(b_groups == far, b_w, 0.0)
+                    b_w -= b_here
+                    b_part = (b_u.to(tl.float32) * b_here[:, None]).to(OPERAND)
+                    b_open = tl.dot(tl.trans(b_y).to(OPERAND), b_part, b_open, input_precision=PRECISION)
+                    if NORMALIZE:
+                        b_part = (b_u if TRANSPOSED else b_y).to(tl.float32) * (b_here * b_f)[:, None]
+                        b_open_z += tl.sum(b_part, 0)
+                if NORMALIZE:
+                    b_part = (b_u if TRANSPOSED else b_y).to(tl.float32) * (b_w * b_f)[:, None]
+                    b_z += tl.sum(b_part, 0)
+                if REVERSE or p_decay is not None or p_documents is not None or p_groups is not None:
+                    b_u = b_u.to(tl.float32) * b_w[:, None]
+                b_s = tl.dot(tl.trans(b_y).to(OPERAND), b_u.to(OPERAND), b_s, input_precision=PRECISION)
+        if p_out is not None:
+            if not REVERSE:
+                b_rate = tl.full([C], 1.0, tl.float32)
+                if NORMALIZE and not TRANSPOSED:
+                    # No weight: y is 0 and, by an inverse of 0, nothing flows back.
+                    b_rate = tl.where(b_sum == 0.0, 0.0, 1.0 / (scale * b_sum + eps))
+                    here = (o_t < tokens) & (tl.program_id(0) == 0)
+                    tl.store(p_inverse + tl.program_id(1).to(tl.int64) * tokens + o_t, b_rate, mask=here)
+                elif p_inverse is not None:
+                    b_rate = _scalars(p_inverse, tl.program_id(1), o_t, tokens)
+                b_o *= scale * b_rate[:, None]
+            p_row = p_out + ((i_row.to(tl.int64) * tokens + i_chunk * C) * heads + i_head) * u_dim
+            o_row = (tl.arange(0, C) * (heads * u_dim))[:, None] + o_u[None, :]
+            mask = (o_t[:, None] < tokens) & (o_u[None, :] < u_dim)
+            tl.store(p_row + o_row, b_o.to(p_out.dtype.element_ty), mask=mask)
+    if p_leaving is not None:
+        tl.store(p_leaving + o_piece + o_s, b_s, mask=in_s)
+        if NORMALIZE:
+            tl.store(p_leaving + o_piece + o_z, b_z, mask=in_z)
+        if p_groups is not None:
+            tl.store(p_leaving + o_piece + size + o_s, b_open, mask=in_s)
+            if NORMALIZE:
+                tl.store(p_leaving + o_piece + size + o_z, b_open_z, mask=in_z)
+
+
+@triton.jit
+def _fold(
+    p_sums,
+    p_initial,
+    p_decays,
+    p_documents,
+    p_groups,
+    p_entering,
+    p_last,
+    tokens,
+    heads,
+    size,
+    span,
+    pieces,
+    BLOCK: tl.constexpr,
+    REVERSE: tl.constexpr,
+):
+    """The states that enter the pieces [B, Hkv, pieces, slots, size], and leave the last, from what each adds alone."""
+    i_head = tl.program_id(1).to(tl.int64)
+    i_row = tl.program_id(1) // heads
+    o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = o < size
+    slots = 1 if p_groups is None else 2
+    b_s = tl.zeros([BLOCK], tl.float32)
+    b_open = b_s
+    if p_initial is not None:
+        b_s = tl.load(p_initial + i_head * slots * size + o, mask=mask, other=0.0)
+        if p_groups is not None:
+            b_open = tl.load(p_initial + i_head * slots * size + size + o, mask=mask, other=0.0)
+    for i in range(0, pieces):
+        i_piece = pieces - 1 - i if REVERSE else i
+        at = (i_head * pieces + i_piece) * slots * size + o
+        tl.store(p_entering + at, b_s, mask=mask)
+        begin = i_piece * span
+        kept = 1.0
+        if p_decays is not None:
+            kept = tl.exp(tl.load(p_decays + i_head * pieces + i_piece))
+        if p_documents is not None:
+            before = _id(p_documents, i_row, begin - 1, tokens)
+            kept = tl.where(before == _id(p_documents, i_row, begin + span - 1, tokens), kept, 0.0)
+        if p_groups is not None:
+            tl.store(p_entering + at + size, b_open, mask=mask)
+            outside = _id(p_groups, i_row, begin + span if REVERSE else begin - 1, tokens)
+            far = _id(p_groups, i_row, begin if REVERSE else begin + span - 1, tokens)
+            left = (outside != far).to(tl.float32)
+            b_s += left * b_open
+            b_open *= kept * (1 - left)
+            b_open += tl.load(p_sums + at + size, mask=mask, other=0.0)
+        b_s = b_s * kept + tl.load(p_sums + at, mask=mask, other=0.0)
+    at = i_head * slots * size + o
+    tl.store(p_last + at, b_s, mask=mask)
+    if p_groups is not None:
+        tl.store(p_last + at + size, b_open, mask=mask)
+
+
+@triton.jit
+def _decay_gradients(
+    p_q,
+    p_k,
+    p_v,
+    p_dy,
+    p_inverse,
+    p_drop,
+    p_decay,
+    p_documents,
+    p_groups,
+    p_states,
+    p_adjoints,
+    p_ddecay,
+    scale,
+    tokens,
+    heads,
+    key_dim,
+    value_dim,
+    width,
+    C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    SHARING: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The gradient of log_a of a chunk: the sum of w_ij dw_ij over the pairs j < t <= i, which its factor spans.
+
+    i and j may each be in the chunk or beyond it, there by the states and the adjoints that enter it. No large sums
+    are subtracted, as they would be from sums of q . dq and k . dk.
+    """
+    i_chunk = tl.program_id(0)
+    i_head = tl.program_id(1) % heads
+    i_row = tl.program_id(1) // heads
+    o_t = i_chunk * C + tl.arange(0, C)
+    o_k = tl.arange(0, BLOCK_K)
+    slots = 1 if p_groups is None else 2
+    size = key_dim * width
+    at = (tl.program_id(1).to(tl.int64) * tl.num_programs(0) + i_chunk) * slots * size
+    b_a = _scalars(p_decay, tl.program_id(1), o_t, tokens)
+    total = tl.sum(b_a, 0)
+    b_out = tl.exp(tl.minimum(tl.cumsum(b_a, 0, reverse=True) - b_a, 0.0))
+    b_a = tl.cumsum(b_a, 0)
+    b_in = tl.exp(b_a)
+    kept = tl.exp(total)
+    live = o_t[:, None] >= o_t[None, :]
+    if p_groups is not None:
+        b_groups = _id(p_groups, i_row, o_t, tokens)
+        first_group = _id(p_groups, i_row, i_chunk * C, tokens)
+        last_group = _id(p_groups, i_row, i_chunk * C + C - 1, tokens)
+        live = b_groups[:, None] > b_groups[None, :]
+    if p_documents is not None:
+        before = _id(p_documents, i_row, i_chunk * C - 1, tokens)
+        last = _id(p_documents, i_row, i_chunk * C + C - 1, tokens)
+        b_documents = _id(p_documents, i_row, o_t, tokens)
+        live &= b_documents[:, None] == b_documents[None, :]
+        b_in = tl.where(b_documents == before, b_in, 0.0)
+        b_out = tl.where(b_documents == last, b_out, 0.0)
+        kept = tl.where(before == last, kept, 0.0)
+    b_k = _rows(p_k, i_row, i_head, i_chunk * C, o_k, tokens, heads, key_dim, C)
+    # Pairs that begin here and end beyond, and pairs that pass over the chunk.
+    b_after = tl.zeros([C], tl.float32)
+    b_over = tl.zeros([BLOCK_K], tl.float32)
+    for i_v in range(0, tl.cdiv(width, BLOCK_V)):
+        o_v = i_v * BLOCK_V + tl.arange(0, BLOCK_V)
+        o_s = at + o_k[:, None] * width + o_v[None, :]
+        in_s = (o_k[:, None] < key_dim) & (o_v[None, :] < width)
+        b_v = _rows(p_v, i_row, i_head, i_chunk * C, o_v, tokens, heads, value_dim, C).to(tl.float32)
+        if NORMALIZE:
+            b_v += (o_v == value_dim).to(tl.float32)[None, :]
+        b_s = tl.load(p_states + o_s, mask=in_s, other=0.0).to(tl.float32)
+        b_d = tl.load(p_adjoints + o_s, mask=in_s, other=0.0).to(tl.float32)
+        b_after += tl.sum(tl.dot(b_k.to(OPERAND), b_d.to(OPERAND), input_precision=PRECISION) * b_v, 1)
+        if p_groups is not None:
+            b_open = tl.load(p_states + o_s + size, mask=in_s, other=0.0).to(tl.float32)
+            b_near = tl.load(p_adjoints + o_s + size, mask=in_s, other=0.0).to(tl.float32)
+            b_part = tl.sum(tl.dot(b_k.to(OPERAND), b_near.to(OPERAND), input_precision=PRECISION) * b_v, 1)
+            b_after += tl.where(b_groups != last_group, b_part, 0.0)
+            left = (first_group != last_group).to(tl.float32)
+            b_over += tl.sum(b_open * (b_d + left * b_near) + b_s * b_near, 1)
+        b_over += tl.sum(b_s * b_d, 1)
+    b_after *= b_out
+    b_spans = o_t[:, None] >= o_t[None, :]
+    b_gradient = kept * tl.sum(b_over, 0) + tl.sum(tl.where(o_t[:, None] < o_t[None, :], b_after[:, None], 0.0), 0)
+    if p_q is not None:
+        b_decay = tl.exp(tl.minimum(b_a[:, None] - b_a[None, :], 0.0))
+        for i_shared in range(0, SHARING):
+            i_q = i_head * SHARING + i_shared
+            b_q = _rows(p_q, i_row, i_q, i_chunk * C, o_k, tokens, heads * SHARING, key_dim, C)
+            if NORMALIZE:
+                b_drop = _scalars(p_drop, i_row * heads * SHARING + i_q, o_t, tokens)
+            b_dw = tl.zeros([C, C], tl.float32)
+            b_before = tl.zeros([C], tl.float32)
+            for i_v in range(0, tl.cdiv(width, BLOCK_V)):
+                o_v = i_v * BLOCK_V + tl.arange(0, BLOCK_V)
+                o_s = at + o_k[:, None] * width + o_v[None, :]
+                in_s = (o_k[:, None] < key_dim) & (o_v[None, :] < width)
+                b_v = _rows(p_v, i_row, i_head, i_chunk * C, o_v, tokens, heads, value_dim, C).to(tl.float32)
+                b_g = _rows(p_dy, i_row, i_q, i_chunk * C, o_v, tokens, heads * SHARING, value_dim, C).to(tl.float32)
+                b_s = tl.load(p_states + o_s, mask=in_s, other=0.0).to(OPERAND)
+                b_part = tl.dot(b_q.to(OPERAND), b_s, input_precision=PRECISION)
+                if p_groups is not None:
+                    b_s = tl.load(p_states + o_s + size, mask=in_s, other=0.0).to(OPERAND)
+                    b_open = tl.dot(b_q.to(OPERAND), b_s, input_precision=PRECISION)
+                    b_part += tl.where((b_groups != first_group)[:, None], b_open, 0.0)
+                b_dw = tl.dot(b_g.to(OPERAND), tl.trans(b_v).to(OPERAND), b_dw, input_precision=PRECISION)
+                if NORMALIZE:
+                    b_g -= (o_v == value_dim).to(tl.float32)[None, :] * b_drop[:, None]
+                b_before += tl.sum(b_part * b_g, 1)
+            b_rate = tl.full([C], 1.0, tl.float32) * scale
+            if NORMALIZE:
+                b_dw -= b_drop[:, None]
+                b_rate *= _scalars(p_inverse, i_row * heads * SHARING + i_q, o_t, tokens)
+            b_m = tl.dot(b_q.to(OPERAND), tl.trans(b_k).to(OPERAND), input_precision=PRECISION)
+            b_m = tl.where(live, b_m * b_dw * b_decay, 0.0) * b_rate[:, None]
+            b_spanned = tl.cumsum(b_m, 1) - b_m + (b_before * b_rate * b_in)[:, None]
+            b_gradient += tl.sum(tl.where(b_spans, b_spanned, 0.0), 0)
+    tl.store(p_ddecay + tl.program_id(1).to(tl.int64) * tokens + o_t, b_gradient, mask=o_t < tokens)
+
+
+class Rows(NamedTuple):
+    """What decides who sees whom, in every pass."""
+
+    decay: Tensor | None
+    documents: Tensor | None
+    groups: Tensor | None
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor | None,
+    initial: Tensor | None,
+    documents: Tensor | None,
+    groups: Tensor | None,
+    scale: float,
+    normalize: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(y, final_state, inverse of the normaliser [B, H, T] or empty, states that enter the pieces); see op.py."""
+    cut = plan(q, k, v, groups, normalize)
+    q, k, v, *given = packed(q, k, v, decay, documents, groups)
+    rows = Rows(*given)
+    y = q.new_empty(*q.shape[:3], cut.value_dim)
+    inverse = _per_token(cut) if normalize else q.new_empty(0, dtype=torch.float32)
+    with on(q):
+        entering, last = _entering(cut, k, v, None, None, rows, split(initial, groups), 1.0, reverse=False)
+        leaving = cut.empty_states(1) if last is None else None
+        _run(
+            cut, q, k, v, y, rows, entering, leaving, inverse=inverse if normalize else None, scale=scale, eps=eps,
+            normalize=normalize,
+        )  # fmt: skip
+    return y, joined(last if leaving is None else leaving[:, :, 0], groups), inverse, entering
+
+
+def backward(
+    dy: Tensor,
+    dfinal: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor | None,
+    documents: Tensor | None,
+    groups: Tensor | None,
+    y: Tensor,
+    inverse: Tensor,
+    entering: Tensor,
+    scale: float,
+    normalize: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(dq, dk, dv, ddecay, dinitial), from the inputs and what the forward pass returned."""
+    cut = plan(q, k, v, groups, normalize)
+    dy, q, k, v, *given = packed(dy, q, k, v, decay, documents, groups)
+    rows = Rows(*given)
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    drop = _per_token(cut) if normalize else None
+    scalars: dict[str, Any] = {"inverse": inverse if normalize else None, "drop": drop, "scale": scale}
+    states, adjoints = (_chunk_states(cut) if decay is not None else None for _ in range(2))
+    with on(q):
+        _run(cut, dy, v, k, dq, rows, entering, None, states, result=y, transposed=True, normalize=normalize, **scalars)
+        arriving, last = _entering(
+            cut, q, dy, scalars["inverse"], drop, rows, split(dfinal, groups, reverse=True), scale, reverse=True
+        )
+        leaving = cut.empty_states(1) if last is None else None
+        _run(cut, k, q, dy, dv, rows, arriving, None, reverse=True, **scalars)
+        _run(
+            cut, v, dy, q, dk, rows, arriving, leaving, adjoints, transposed=True, reverse=True, normalize=normalize,
+            **scalars,
+        )  # fmt: skip
+        ddecay = _decays(cut, q, k, v, dy, scalars, rows, states, adjoints, normalize)
+    dinitial = joined(last if leaving is None else leaving[:, :, 0], groups, reverse=True)
+    return dq, dk, dv, ddecay, dinitial
+
+
+def summarize(
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor | None,
+    documents: Tensor | None,
+    groups: Tensor | None,
+    normalize: bool,
+) -> Tensor:
+    """State [B, Hkv, slots, K, W] that the piece leaves from zero; see op.py."""
+    cut = plan(None, k, v, groups, normalize)
+    k, v, *given = packed(k, v, decay, documents, groups)
+    with on(k):
+        if cut.pieces > 1:
+            _, last = _entering(cut, k, v, None, None, Rows(*given), None, 1.0, reverse=False)
+        else:
+            last = _sums(cut, k, v, None, None, Rows(*given), 1.0, reverse=False)[:, :, 0]
+    return joined(last, groups)
+
+
+def summarize_backward(
+    dstate: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor | None,
+    documents: Tensor | None,
+    groups: Tensor | None,
+    normalize: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dk, dv, ddecay) from the gradient of what `summarize` returns: walks that meet no query."""
+    cut = plan(None, k, v, groups, normalize)
+    k, v, *given = packed(k, v, decay, documents, groups)
+    rows = Rows(*given)
+    dk, dv = torch.empty_like(k), torch.empty_like(v)
+    states, adjoints = (_chunk_states(cut) if decay is not None else None for _ in range(2))
+    with on(k):
+        arriving, _ = _entering(
+            cut, None, None, None, None, rows, split(dstate, groups, reverse=True), 1.0, reverse=True
+        )
+        _run(cut, k, None, None, dv, rows, arriving, None, reverse=True)
+        _run(cut, v, None, None, dk, rows, arriving, None, adjoints, transposed=True, reverse=True, normalize=normalize)
+        if states is not None:
+            entering, _ = _entering(cut, k, v, None, None, rows, None, 1.0, reverse=False)
+            _run(cut, None, k, v, None, rows, entering, None, states, normalize=normalize)
+        ddecay = _decays(cut, None, k, v, None, {"scale": 1.0}, rows, states, adjoints, normalize)
+    return dk, dv, ddecay
+
+
+def _entering(
+    cut: Plan,
+    y: Tensor | None,
+    u: Tensor | None,
+    inverse: Tensor | None,
+    drop: Tensor | None,
+    rows: Rows,
+    initial: Tensor | None,
+    scale: float,
+    reverse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """(states that enter the pieces, the state that leaves the last; None where the row is one piece)."""
+    if cut.pieces == 1:
+        entering = cut.empty_states(1)
+        return (entering.zero_() if initial is None else entering.copy_(initial[:, :, None])), None
+    sums = _sums(cut, y, u, inverse, drop, rows, scale, reverse)
+    entering, last = torch.empty_like(sums), torch.empty_like(sums[:, :, 0])
+    decays = None
+    if rows.decay is not None:
+        missing = cut.pieces * cut.span - cut.tokens
+        decays = torch.nn.functional.pad(rows.decay, [0, missing]).unflatten(2, (cut.pieces, cut.span)).sum(-1)
+    size = cut.key_dim * cut.width
+    block = 256
+    _fold[(triton.cdiv(size, block), cut.batch * cut.key_heads)](
+        sums, initial, decays, rows.documents, rows.groups, entering, last, cut.tokens, cut.key_heads, size, cut.span,
+        cut.pieces, BLOCK=block, REVERSE=reverse, num_warps=2,
+    )  # fmt: skip
+    return entering, last
+
+
+def _sums(
+    cut: Plan,
+    y: Tensor | None,
+    u: Tensor | None,
+    inverse: Tensor | None,
+    drop: Tensor | None,
+    rows: Rows,
+    scale: float,
+    reverse: bool,
+) -> Tensor:
+    """[B, Hkv, pieces, slots, K, W]: what each piece adds to a state of zeros."""
+    sums = cut.empty_states(cut.pieces)
+    if y is None:
+        return sums.zero_()
+    _run(
+        cut, None, y, u, None, rows, None, sums, inverse=inverse, drop=drop, scale=scale, reverse=reverse,
+        normalize=cut.width > cut.value_dim,
+    )  # fmt: skip
+    return sums
+
+
+def _run(
+    cut: Plan,
+    x: Tensor | None,
+    y: Tensor | None,
+    u: Tensor | None,
+    out: Tensor | None,
+    rows: Rows,
+    entering: Tensor | None,
+    leaving: Tensor | None,
+    states: Tensor | None = None,
+    *,
+    result: Tensor | None = None,
+    inverse: Tensor | None = None,
+    drop: Tensor | None = None,
+    scale: float = 1.0,
+    eps: float = 0.0,
+    normalize: bool = False,
+    transposed: bool = False,
+    reverse: bool = False,
+) -> None:
+    x_dim, u_dim = (cut.value_dim, cut.key_dim) if transposed else (cut.key_dim, cut.value_dim)
+    tile = cut.tile(x_dim, u_dim)
+    shared = cut.heads // cut.key_heads
+    heads = cut.key_heads if reverse or out is None else cut.heads
+    _walk[(triton.cdiv(u_dim, tile.block), cut.batch * heads, cut.pieces)](
+        x, y, u, out, result, inverse, drop, *rows, entering, leaving, states, scale, eps,
+        heads=heads, x_dim=x_dim, u_dim=u_dim, span=cut.span, pieces=cut.pieces, BLOCK_X=_padded(x_dim),
+        BLOCK_U=tile.block, SHARED=heads // cut.key_heads, SHARING=shared if reverse else 1, NORMALIZE=normalize,
+        TRANSPOSED=transposed, REVERSE=reverse, **cut.shape, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+
+
+def _decays(cut: Plan, q, k: Tensor, v: Tensor, dy, scalars, rows: Rows, states, adjoints, normalize: bool) -> Tensor:
+    """The gradient of the decays [B, Hkv, T], empty where there are none."""
+    if rows.decay is None:
+        return k.new_empty(0)
+    ddecay = torch.empty_like(rows.decay)
+    wide = cut.key_dim > 64
+    _decay_gradients[(cut.chunks, cut.batch * cut.key_heads)](
+        q, k, v, dy, scalars.get("inverse"), scalars.get("drop"), *rows, states, adjoints, ddecay, scalars["scale"],
+        heads=cut.key_heads, key_dim=cut.key_dim, value_dim=cut.value_dim, BLOCK_K=_padded(cut.key_dim),
+        BLOCK_V=16 if wide else 32, SHARING=cut.heads // cut.key_heads, NORMALIZE=normalize,
+        **cut.shape, num_warps=8 if wide else 4,
+    )  # fmt: skip
+    return ddecay
+
+
+def _chunk_states(cut: Plan) -> Tensor:
+    return cut.empty_states(cut.chunks, torch.bfloat16 if cut.operand == tl.bfloat16 else torch.float32)
+
+
+def _per_token(cut: Plan) -> Tensor:
+    return torch.empty(cut.batch, cut.heads, cut.tokens, dtype=torch.float32, device=cut.device)
+
+
+def split(state: Tensor | None, groups: Tensor | None, reverse: bool = False) -> Tensor | None:
+    """(completed, open) [B, Hkv, 2, K, W] from (both, open), or from (both, -open) of a gradient."""
+    if state is None or groups is None:
+        return None if state is None else state.contiguous()
+    opened = -state[:, :, 1] if reverse else state[:, :, 1]
+    return torch.stack([state[:, :, 0] - opened, opened], 2)
+
+
+def joined(state: Tensor, groups: Tensor | None, reverse: bool = False) -> Tensor:
+    """The inverse of `split`."""
+    if groups is None:
+        return state.contiguous()
+    completed, opened = state[:, :, 0], state[:, :, 1]
+    if reverse:
+        # The open group that entered may have been completed by the first token.
+        return torch.stack([completed + opened, -opened * (groups[:, 0] == 0)[:, None, None, None]], 2)
+    return torch.stack([completed + opened, opened], 2)
+
+
+def packed(*tensors: Tensor | None) -> list[Any]:
+    """The tensors laid out contiguously, as the kernels address them."""
+    return [None if t is None else t.contiguous() for t in tensors]
+
+
+def on(tensor: Tensor) -> contextlib.AbstractContextManager:
+    """Launches inside go to the tensor's GPU; nothing to do for the interpreter."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
