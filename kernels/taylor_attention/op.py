@@ -95,21 +95,28 @@ def taylor_attention_step(
     scale: float | None = None,
     normalize: bool = True,
     eps: float = 1e-6,
+    implementation: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """(y [B, H, V], state) of one token, given the state of those before it: zeros at a document's first.
+
+    The kernel is for decoding and has no gradients: where one could be asked for, "auto" is the reference.
 
     Args:
         q: [B, H, K].
         k: [B, H, K].
         v: [B, H, V].
-        state: [B, H, F, V + 1], as `taylor_attention` returns it; not written to.
-        scale, normalize, eps: as in `taylor_attention`.
+        state: [B, H, F, V + 1], as `taylor_attention` returns it, fp32 for the kernel; not written to.
+        scale, normalize, eps, implementation: as in `taylor_attention`.
     """
     check_tensor("k", k, (None, None, None))
     check_tensor("q", q, tuple(k.shape), k)
     check_tensor("v", v, (*k.shape[:2], None), k)
     check_tensor("state", state, _state_shape(k[:, None], v[:, None]), k)
-    return reference.step(q, k, v, state, _scale(scale, q), normalize, eps)
+    inputs = (q, k, v, state)
+    if implementation == "auto" and torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
+        implementation = "reference"
+    module = reference.step if _resolve_step(implementation, *inputs) == "reference" else _step
+    return module(*inputs, _scale(scale, q), normalize, eps)
 
 
 def _check(k: Tensor, v: Tensor, segments: Segments | None) -> None:
@@ -126,16 +133,34 @@ def _scale(scale: float | None, q: Tensor) -> float:
 
 def _resolve(implementation: str, *inputs: Tensor) -> str:
     k, v = inputs[-2:]
-    dtype = inputs[0].dtype
-    for t in inputs:
-        dtype = t.dtype if t.dtype.itemsize > dtype.itemsize else dtype
+    dtype = _widest(*inputs)
     chosen = resolve(implementation, "taylor_attention", k.device, dtype)
     if chosen == "triton":
         if any(t.dtype != dtype for t in inputs):
             raise TypeError(f"the inputs are {', '.join(str(t.dtype) for t in inputs)}; the kernel takes one dtype")
-        if not 8 <= k.shape[3] <= 32 or v.shape[3] > 128:
-            raise ValueError(f"K={k.shape[3]}, V={v.shape[3]}: the kernel takes K 8 to 32 and V up to 128")
+        _check_dims(k, v)
     return chosen
+
+
+def _resolve_step(implementation: str, q: Tensor, k: Tensor, v: Tensor, state: Tensor) -> str:
+    chosen = resolve(implementation, "taylor_attention", k.device, _widest(q, k, v, state))
+    if chosen == "triton":
+        if state.dtype != torch.float32:
+            raise TypeError(f"state is {state.dtype}; the kernel takes torch.float32")
+        _check_dims(k, v)
+    return chosen
+
+
+def _widest(*inputs: Tensor) -> torch.dtype:
+    dtype = inputs[0].dtype
+    for t in inputs:
+        dtype = t.dtype if t.dtype.itemsize > dtype.itemsize else dtype
+    return dtype
+
+
+def _check_dims(k: Tensor, v: Tensor) -> None:
+    if not 8 <= k.shape[-1] <= 32 or v.shape[-1] > 128:
+        raise ValueError(f"K={k.shape[-1]}, V={v.shape[-1]}: the kernel takes K 8 to 32 and V up to 128")
 
 
 def _documents(segments: Segments | None) -> Tensor | None:
@@ -200,6 +225,15 @@ def _summarize_backward(dstate: Tensor, k: Tensor, v: Tensor, ids: Tensor | None
     return kernel.summarize_backward(dstate, k, v, ids)
 
 
+@torch.library.custom_op("longscan::taylor_attention_step", mutates_args=())
+def _step(
+    q: Tensor, k: Tensor, v: Tensor, state: Tensor, scale: float, normalize: bool, eps: float
+) -> tuple[Tensor, Tensor]:
+    from . import kernel
+
+    return kernel.step(q, k, v, state, scale, normalize, eps)
+
+
 @_forward.register_fake
 def _(q, k, v, initial, ids, scale, normalize, eps):
     batch, tokens, heads, _ = q.shape
@@ -220,6 +254,11 @@ def _(k, v, ids):
 @_summarize_backward.register_fake
 def _(dstate, k, v, ids):
     return k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+@_step.register_fake
+def _(q, k, v, state, scale, normalize, eps):
+    return v.new_empty(v.shape), state.new_empty(state.shape)
 
 
 def _save_forward(ctx, inputs, output):

@@ -20,7 +20,7 @@ def features(key_dim: int) -> int:
 
 
 @functools.cache
-def _monomials(key_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def monomials(key_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Two indices a feature into [x, 1], whose product it is: (K, K), then (i, K), then (i, j) for i <= j by rows."""
     i, j = torch.triu_indices(key_dim, key_dim, device=device)
     one = torch.full((1 + key_dim,), key_dim, device=device)
@@ -30,14 +30,14 @@ def _monomials(key_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
 
 def key_features(k: Tensor) -> Tensor:
     """[..., F] monomials of k [..., K]."""
-    first, second = _monomials(k.shape[-1], k.device)
+    first, second = monomials(k.shape[-1], k.device)
     extended = torch.cat([k, torch.ones_like(k[..., :1])], dim=-1)
     return extended[..., first] * extended[..., second]
 
 
 def query_features(q: Tensor, scale: float) -> Tensor:
     """[..., F] so that query_features(q) . key_features(k) = 1 + s + s^2 / 2 with s = scale * q . k."""
-    first, second = _monomials(q.shape[-1], q.device)
+    first, second = monomials(q.shape[-1], q.device)
     order = (first < q.shape[-1]).to(q.dtype) + (second < q.shape[-1]).to(q.dtype)
     repeated = (first == second) & (order == 2)
     return key_features(q) * scale**order * torch.where(repeated, 0.5, 1.0)

@@ -1,5 +1,6 @@
 """taylor_attention, reference and kernel, held to the quadratic form over all pairs in float64."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -93,13 +94,19 @@ def assert_within_bar(kernel: list[Tensor], reference: list[Tensor], exact: list
         )
 
 
-def cut_short(monkeypatch, pieces: int = 2) -> None:
-    """Lets the kernel cut chunks of 16 tokens, and rows into `pieces`, so that a short row has several of each."""
+def cut_short(monkeypatch) -> None:
+    """Lets the kernel cut chunks of 16 tokens, two to a piece, so that a short row has several of each."""
     from longscan.kernels.taylor_attention import kernel
+
+    planned = kernel.plan
+
+    def plan(k: Tensor, v: Tensor, whole: bool = False):
+        cut = planned(k, v, whole)
+        return cut if whole else dataclasses.replace(cut, pieces=-(-cut.chunks // 2))
 
     monkeypatch.setattr(kernel, "CHUNK", 16)
     monkeypatch.setattr(kernel, "WIDE_CHUNK", 16)
-    monkeypatch.setattr(kernel, "PROGRAMS", pieces * 2 * 2 * 5)
+    monkeypatch.setattr(kernel, "plan", plan)
 
 
 @documents
@@ -132,14 +139,15 @@ def test_kernel_within_bar(dtype, shape, device, random_segments):
 
 @documents
 @pytest.mark.parametrize("normalize", [True, False], ids=["normalized", "sums"])
-def test_kernel_over_many_chunks_and_pieces(documents, normalize, device, monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_kernel_over_many_chunks_and_pieces(documents, normalize, dtype, device, monkeypatch):
     cut_short(monkeypatch)
-    inputs = make(2, 70, 1, 16, 16, torch.float32, device)
+    inputs = make(2, 70, 1, 8, 16, dtype, device)
     segments = Segments.from_lengths([[70], [20, 20, 30]], [3, 0], device) if documents else None
     kernel, reference = (
         run(inputs, segments, implementation, normalize=normalize) for implementation in ("triton", "reference")
     )
-    assert_within_bar(kernel, reference, run_exact(inputs, segments, normalize=normalize), torch.float32)
+    assert_within_bar(kernel, reference, run_exact(inputs, segments, normalize=normalize), dtype)
 
 
 @pytest.mark.gpu
@@ -241,14 +249,48 @@ def test_same_bits_twice(implementation, device, random_segments):
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
+@both_implementations
 @pytest.mark.parametrize("normalize", [True, False], ids=["normalized", "sums"])
-def test_steps_are_the_sequence(normalize):
-    q, k, v, state = (t.detach() for t in make(2, 9, 2, 8, 4))
-    whole, final = taylor_attention(q, k, v, state, normalize=normalize)
-    for t in range(9):
-        y, state = taylor_attention_step(q[:, t], k[:, t], v[:, t], state, normalize=normalize)
-        torch.testing.assert_close(y, whole[:, t], rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(state, final, rtol=1e-12, atol=1e-12)
+def test_steps_are_the_sequence(implementation, normalize, device, monkeypatch):
+    """From an empty state and from one that entered; by the kernel over several blocks of features and of v's dims."""
+    if implementation == "triton":
+        from longscan.kernels.taylor_attention import kernel
+
+        monkeypatch.setattr(kernel, "STEP_TILE", 32 * 16)
+    reference = implementation == "reference"
+    dtype, tolerance = (torch.float64, 1e-10) if reference else (torch.float32, 1e-5)
+    q, k, v, entered = (t.detach() for t in make(2, 9, 2, 8, 20, dtype, device))
+    options = {"normalize": normalize, "implementation": implementation}
+    for state in (entered, torch.zeros_like(entered)):
+        whole, final = taylor_attention(q, k, v, state, normalize=normalize, implementation="reference")
+        kept = state.clone()
+        for t in range(9):
+            y, after = taylor_attention_step(q[:, t], k[:, t], v[:, t], state, **options)
+            assert torch.equal(state, kept)
+            torch.testing.assert_close(y, whole[:, t], rtol=tolerance, atol=tolerance)
+            state, kept = after, after.clone()
+        torch.testing.assert_close(state, final, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("shape", [(1, 1, 8, 1), (3, 50, 16, 64), (2, 3, 32, 128)], ids=str)
+def test_step_within_bar(shape, dtype, device):
+    """With the state in fp32 whatever the inputs are, few rows and many."""
+    batch, heads, key_dim, value_dim = shape
+    *inputs, state = (t.detach() for t in make(batch, 1, heads, key_dim, value_dim, dtype, device))
+    inputs = [t[:, 0] for t in inputs] + [state]
+    kernel, reference = (taylor_attention_step(*inputs, implementation=i) for i in ("triton", "reference"))
+    exact = taylor_attention_step(*(t.cpu().double() for t in inputs))
+    assert_within_bar(list(kernel), list(reference), list(exact), dtype)
+
+
+def test_step_has_gradients_where_it_may_choose(device):
+    inputs = [t[:, 0] for t in make(1, 1, 1, 8, 4, torch.float32, device)[:3]]
+    state = torch.zeros(1, 1, 45, 5, device=device, requires_grad=True)
+    y, _ = taylor_attention_step(*inputs, state)
+    assert torch.autograd.grad(y.sum(), state)[0].abs().sum() > 0
+    with pytest.raises(TypeError, match=r"state is torch.bfloat16; the kernel takes torch.float32"):
+        taylor_attention_step(*inputs, state.bfloat16(), implementation="triton")
 
 
 @both_implementations
@@ -300,10 +342,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from longscan.kernels.taylor_attention import kernel as taylor
 
-VALUES = {"C": 128, "BLOCK_K": 16, "BLOCK_V": 64, "BLOCK_F": 64, "F_PADDED": 192, "OPERAND": tl.bfloat16,
-          "PRECISION": "tf32", "REVERSE": True}
-KINDS = {"scale": "fp32", "eps": "fp32", "p_ids": "*i32", "p_pairs": "*i32"}
-SINGLE = {"p_initial", "p_summary", "p_sums", "p_last", "p_inverse", "p_drop"}
+VALUES = {"C": 128, "PART": taylor.PART, "APART": True, "KEY_DIM": 16, "VALUE_DIM": 64, "BLOCK_K": 16, "BLOCK_V": 64,
+          "BLOCK_F": taylor.BLOCK, "F_PADDED": 160, "OPERAND": tl.bfloat16, "PRECISION": "tf32", "REVERSE": True,
+          "NORMALIZE": True}
+KINDS = {"scale": "fp32", "eps": "fp32", "p_ids": "*i32", "p_entries": "*i32"}
+SINGLE = {"p_outer", "p_summary", "p_sums", "p_entering_sums", "p_last", "p_inverse", "p_drop", "p_weights", "p_state",
+          "p_next"}
 
 
 def kind(name):
@@ -312,14 +356,22 @@ def kind(name):
     return KINDS.get(name, ("*fp32" if name in SINGLE else "*bf16") if name.startswith("p_") else "i32")
 
 
-for kernel, warps in ((taylor._states, 4), (taylor._outputs, 8), (taylor._query_gradients, 8),
-                      (taylor._key_gradients, 8)):
+def build(kernel, warps, stages, registers=None, **sizes):
+    values = VALUES | sizes
     signature = {name: kind(name) for name in kernel.arg_names}
-    constants = {(i,): VALUES[n] for i, n in enumerate(kernel.arg_names) if n in VALUES}
+    constants = {(i,): values[n] for i, n in enumerate(kernel.arg_names) if n in values}
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if signature[n][0] == "*"}
     source = ASTSource(kernel, signature, constants, aligned)
-    built = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    options = {"num_warps": warps, "num_stages": stages, "maxnreg": registers}
+    built = compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     print(kernel.__name__, "wgmma" in built.asm["ptx"])
+
+
+build(taylor._states, taylor.STATE_WARPS, taylor.STATE_STAGES, BLOCK_F=taylor.STATE_BLOCK)
+for kernel in (taylor._outputs, taylor._query_gradients, taylor._key_gradients):
+    build(kernel, 8, taylor.STAGES, taylor.REGISTERS)
+build(taylor._fold, taylor.FOLD_WARPS, 3, BLOCK_F=taylor.FOLD_BLOCK)
+build(taylor._step, 8, 3, BLOCK_F=256)
 """
 
 
@@ -330,4 +382,4 @@ def test_kernels_compile_for_sm_90(tmp_path):
     done = subprocess.run([sys.executable, "-c", BUILD], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     lines = done.stdout.split("\n")[:-1]
-    assert len(lines) == 4 and all(line.endswith("True") for line in lines), f"no tensor cores: {done.stdout}"
+    assert len(lines) == 6 and all(line.endswith("True") for line in lines[:4]), f"no tensor cores: {done.stdout}"
