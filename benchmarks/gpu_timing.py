@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,7 +40,13 @@ class Work:
 
 
 def milliseconds(run: Callable[[], object], repeat: int, warm: int = 3) -> float:
-    """The median time the GPU spends on `run`, whose launches are queued while it idles, from a cold L2 cache."""
+    """The median time the GPU spends on `run`, whose launches are queued while it idles, from a cold L2 cache.
+
+    Args:
+        run: queues the work.
+        repeat: how many times are taken.
+        warm: how many runs go before them.
+    """
     cache = torch.empty(2**28, dtype=torch.uint8, device="cuda")
     for _ in range(warm):
         run()
@@ -52,6 +61,32 @@ def milliseconds(run: Callable[[], object], repeat: int, warm: int = 3) -> float
         torch.cuda.synchronize()
         times.append(begin.elapsed_time(end))
     return statistics.median(times)
+
+
+def seconds(run: Callable[[], object]) -> float:
+    """The time of one call of `run` on the clock of the host, the GPU's work included."""
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    run()
+    torch.cuda.synchronize()
+    return time.perf_counter() - begin
+
+
+@contextlib.contextmanager
+def launches() -> Iterator[list[str]]:
+    """Fills the list it gives with the names of the Triton kernels launched inside, in order."""
+    from triton import knobs
+
+    names: list[str] = []
+
+    def note(metadata: Any) -> None:
+        names.append(metadata.get()["name"])
+
+    knobs.runtime.launch_enter_hook.add(note)
+    try:
+        yield names
+    finally:
+        knobs.runtime.launch_enter_hook.remove(note)
 
 
 def copy_rate() -> float:

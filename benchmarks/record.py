@@ -5,6 +5,7 @@ from .record import record   # in a benchmark, which is run as `python -m benchm
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import json
 import os
@@ -20,7 +21,15 @@ _VERSIONED = ("torch", "triton", "numpy", "deepspeed", "megatron-core", "ray", "
 
 
 def record(
-    bench: str, work: str, impl: str, metric: str, value: float, unit: str, floor: float | None = None
+    bench: str,
+    work: str,
+    impl: str,
+    metric: str,
+    value: float,
+    unit: str,
+    floor: float | None = None,
+    *,
+    quiet: bool = False,
 ) -> dict[str, object]:
     """Returns the figure as it was appended to the results.
 
@@ -32,6 +41,7 @@ def record(
         value: the figure.
         unit: its unit.
         floor: the least (or, for times, most) that is promised; None where nothing is.
+        quiet: leaves the screen to the bench, which shows its figures in its own way.
     """
     kind, device = _device()
     figure: dict[str, object] = {
@@ -50,8 +60,9 @@ def record(
     RESULTS.mkdir(parents=True, exist_ok=True)
     with open(RESULTS / f"{bench}-{kind}.jsonl", "a") as file:
         file.write(json.dumps(figure) + "\n")
-    promised = "" if floor is None else f" (promised: {floor:g})"
-    print(f"{work} | {impl} | {metric}: {figure['value']:g} {unit}{promised}", file=sys.stderr)
+    if not quiet:
+        promised = "" if floor is None else f" (promised: {floor:g})"
+        print(f"{work} | {impl} | {metric}: {figure['value']:g} {unit}{promised}", file=sys.stderr)
     return figure
 
 
@@ -73,6 +84,7 @@ def _processor() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
+@functools.cache
 def _versions() -> dict[str, str]:
     """The versions of Python and of the libraries that are installed."""
     versions = {"python": platform.python_version()}
@@ -84,6 +96,7 @@ def _versions() -> dict[str, str]:
     return versions
 
 
+@functools.cache
 def _commit() -> str:
     """The commit measured, with `+` where the tree had changes beyond it; empty outside a repository."""
 

@@ -34,6 +34,8 @@ app = typer.Typer(
 )
 evaluations = typer.Typer(help="Measure a trained model.", no_args_is_help=True)
 app.add_typer(evaluations, name="eval")
+benches = typer.Typer(help="Measure the kernels of this machine's GPU.", no_args_is_help=True)
+app.add_typer(benches, name="bench")
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
 Overrides = Annotated[
@@ -188,6 +190,40 @@ def extrapolate(
     result, files = evaluate(run, lengths, corpus, tokens, output, device)
     _print(result, as_json)
     _note("wrote " + " and ".join(str(file) for file in files))
+
+
+@benches.command("kernels")
+def bench_kernels(
+    ops: Annotated[list[str] | None, typer.Argument(metavar="OP", help="Which ops; all by default.")] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Only the usual shapes, not their growth with T; fewer repeats.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Time each op on the GPU beside what the machine allows at best and beside the peers that are installed.
+
+    Needs a CUDA GPU and a clone of the repository. Each figure is added to benchmarks/results/ as soon as it is
+    measured; `python -m benchmarks.report` makes the pages in docs/ from them.
+
+    ```sh
+    longscan bench kernels --quick
+    longscan bench kernels scans attention --json
+    ```
+    """
+    try:
+        from ..benchmarks import kernels
+    except ModuleNotFoundError as error:
+        if error.name is None or not error.name.startswith("longscan.benchmarks"):
+            raise
+        raise UserError(
+            "the benchmarks are not part of an installed longscan; run this in a clone of its repository, after "
+            "`make install` there"
+        ) from None
+
+    measured = kernels.run(ops or (), quick)
+    _print(measured, as_json)
+    if measured.failed:
+        raise UserError(f"did not run: {', '.join(measured.failed)}; the table says why")
 
 
 @app.command(no_args_is_help=True)

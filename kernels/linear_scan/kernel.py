@@ -46,6 +46,8 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 # The word of (1, 0), there.
 IDENTITY = tl.constexpr((0x3F800000 << 32) - 2**63)
+# Steps whose document starts are loaded together, at least a tile's.
+SPAN = tl.constexpr(16)
 HIGH_BIT = tl.constexpr(-(2**31))
 LOW_BITS = tl.constexpr(2**31 - 1)
 
@@ -102,18 +104,19 @@ def steps_of(
 
 @triton.jit
 def resets_of(pointer, at, left, SIGN: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr):
-    """Whether a tile's tokens [ROWS, STEPS] begin documents, as bytes; zeros for None."""
-    b = tl.zeros([ROWS, STEPS], tl.uint8)
+    """Whether a tile's tokens [ROWS, SPAN] begin documents, as bytes; zeros for None."""
+    b = tl.zeros([ROWS, SPAN], tl.uint8)
     if pointer is not None:
-        o_t = (tl.arange(0, ROWS) * STEPS)[:, None] + tl.arange(0, STEPS)[None, :]
-        b = tl.load(pointer + at + SIGN * o_t, mask=o_t < left, other=0)
+        o_step = tl.arange(0, SPAN)[None, :]
+        o_t = (tl.arange(0, ROWS) * STEPS)[:, None] + o_step
+        b = tl.load(pointer + at + SIGN * o_t, mask=(o_t < left) & (o_step < STEPS), other=0)
     return b
 
 
 @triton.jit
-def bits_of(b_resets, STEPS: tl.constexpr):
+def bits_of(b_resets):
     """[ROWS] of 32-bit words: bit s is set where step s begins a document."""
-    return tl.sum((b_resets != 0).to(tl.int32) << tl.arange(0, STEPS)[None, :], 1)
+    return tl.sum((b_resets != 0).to(tl.int32) << tl.arange(0, SPAN)[None, :], 1)
 
 
 @triton.jit
@@ -235,7 +238,7 @@ def _forward(
         b_decay = tl.full([ROWS, BLOCK_D], 1.0, tl.float32)
         b_h = tl.zeros([ROWS, BLOCK_D], tl.float32)
         factors = ()
-        b_bits = bits_of(b_resets, STEPS)
+        b_bits = bits_of(b_resets)
         for step in tl.static_range(STEPS):
             b_a = tl.exp2(logs[step].to(tl.float32) * LOG2_E)
             if p_resets is not None:
@@ -297,7 +300,7 @@ def _backward(
         b_decay = tl.full([ROWS, BLOCK_D], 1.0, tl.float32)
         b_g = tl.zeros([ROWS, BLOCK_D], tl.float32)
         factors = ()
-        b_bits = bits_of(b_resets, STEPS)
+        b_bits = bits_of(b_resets)
         for step in tl.static_range(STEPS):
             b_a = tl.exp2(logs[step].to(tl.float32) * LOG2_E)
             if p_resets is not None:

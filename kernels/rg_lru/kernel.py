@@ -126,7 +126,7 @@ def _forward(
         b_next_resets = resets_of(p_resets, next_at, next_left, 1, ROWS, STEPS)
         ticket = take(counter)
         b_log2_rate = _rate(p_a_param, o_d, WIDTH) * LOG2_E
-        b_bits = bits_of(b_resets, STEPS)
+        b_bits = bits_of(b_resets)
         b_decay = tl.full([ROWS, BLOCK_D], 1.0, tl.float32)
         b_h = tl.zeros([ROWS, BLOCK_D], tl.float32)
         factors, inputs = (), ()
@@ -205,7 +205,7 @@ def _backward(
         b_next_resets = resets_of(p_resets, next_at, next_left, -1, ROWS, STEPS)
         ticket = take(counter)
         b_rate = _rate(p_a_param, o_d, WIDTH)
-        b_bits = bits_of(b_resets, STEPS)
+        b_bits = bits_of(b_resets)
         b_decay = tl.full([ROWS, BLOCK_D], 1.0, tl.float32)
         b_g = tl.zeros([ROWS, BLOCK_D], tl.float32)
         factors, squares, opens, inlets = (), (), (), ()

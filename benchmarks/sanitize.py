@@ -1,0 +1,254 @@
+"""Runs each op forward and backward under NVIDIA's compute-sanitizer and records what it finds, kernel by kernel.
+
+    python -m benchmarks.sanitize [op ...] [--tool memcheck|racecheck|initcheck|synccheck] [--logs FOLDER]
+
+Small odd shapes with documents, so that every edge of every tile is met. PyTorch's caching allocator would hide an
+overrun inside its blocks; it is off here. An op is a process, several at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longscan import kernels
+from longscan.kernels import Segments
+
+from .gpu_timing import launches
+from .record import ROOT, record
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Bytes the sanitizer leaves unusable behind each allocation, so that a long step over the end meets no other tensor.
+PADDING = 1 << 20
+# Processes at once; each starts Python and PyTorch, which under the sanitizer takes longer than the kernels.
+AT_ONCE = 8
+LONGEST_S = 240
+# (rows, lengths of the documents in each); the last one ends inside a tile.
+PACKED = ((2, [[5, 60, 12], [77]]), (1, [[1]]), (1, [[100, 1, 156]]))
+DTYPES = (torch.bfloat16, torch.float32)
+
+# Where an error of the sanitizer's log lies: `at kernel(...)+0x40`, or in other releases `at 0x40 in kernel(...)`.
+_PLACE = re.compile(r"^=+\s+(?:at|.*?Race reported between \w+ access at) (?:0x\w+ in )?([A-Za-z_]\w*)", re.M)
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A leaf of random numbers that wants a gradient."""
+    return torch.randn(*shape, device=DEVICE, dtype=dtype).requires_grad_()
+
+
+def differentiate(outputs: Tensor | tuple[Tensor, ...]) -> None:
+    """Runs the backward pass of all outputs that have one, from random gradients."""
+    whole = (outputs,) if isinstance(outputs, Tensor) else outputs
+    tensors = [t for t in whole if t.requires_grad]
+    torch.autograd.backward(tensors, [torch.randn_like(t) for t in tensors])
+
+
+def each_piece(run: Callable[[int, int, Segments, torch.dtype], None]) -> None:
+    """Calls run(rows, tokens, segments, dtype) for every packing and dtype; half the rows go on with a document."""
+    for rows, lengths in PACKED:
+        segments = Segments.from_lengths(lengths, [7 * (row % 2 == 0) for row in range(rows)], DEVICE)
+        for dtype in DTYPES:
+            run(rows, sum(lengths[0]), segments, dtype)
+
+
+def linear_scan(rows: int, tokens: int, segments: Segments, dtype: torch.dtype) -> None:
+    """Both entry points, from a state, at a width that fills no tile and at one that fills some."""
+    for width in (37, 128):
+        x, state = draw(rows, tokens, width, dtype=dtype), draw(rows, width)
+        log_a = torch.rand_like(x).neg().requires_grad_()
+        for documents in (segments, None):
+            differentiate(kernels.linear_scan(x, log_a, state, documents))
+            differentiate(kernels.linear_scan_summarize(x, log_a, documents))
+
+
+def rg_lru(rows: int, tokens: int, segments: Segments, dtype: torch.dtype) -> None:
+    """As linear_scan."""
+    for width in (37, 128):
+        gated = [draw(rows, tokens, width, dtype=dtype) for _ in range(3)]
+        a_param, state = draw(width), draw(rows, width)
+        for documents in (segments, None):
+            differentiate(kernels.rg_lru(*gated, a_param, state, documents))
+            differentiate(kernels.rg_lru_summarize(*gated, a_param, documents))
+
+
+def short_conv(rows: int, tokens: int, segments: Segments, dtype: torch.dtype) -> None:
+    """Few and many taps, with tail, bias and activation."""
+    for width, taps in ((37, 4), (128, 3), (37, 33)):
+        x, weight, bias = (draw(*s, dtype=dtype) for s in ((rows, tokens, width), (width, taps), (width,)))
+        tail = draw(rows, taps - 1, width, dtype=dtype)
+        differentiate(kernels.short_conv(x, weight, bias, tail, segments, activation="silu"))
+        differentiate(kernels.short_conv(x, weight))
+
+
+def attention(rows: int, tokens: int, segments: Segments, dtype: torch.dtype) -> None:
+    """Window, ALiBi, shared key heads, a halo, and head dims that are no power of two."""
+    for heads, key_heads, dim in ((4, 1, 80), (6, 2, 64), (3, 3, 128), (2, 1, 256)):
+        q = draw(rows, tokens, heads, dim, dtype=dtype)
+        k, v = (draw(rows, tokens + 9, key_heads, dim, dtype=dtype) for _ in range(2))
+        slopes = torch.rand(heads, device=DEVICE)
+        options = ({"window": 33}, {"alibi_slopes": slopes}, {})
+        for option in options:
+            differentiate(kernels.attention(q, k, v, segments, key_offset=-9, implementation=FORCED, **option))
+
+
+def linear_attention(rows: int, tokens: int, segments: Segments, dtype: torch.dtype) -> None:
+    """Both entry points from a state, with decays and with groups, and a step."""
+    for heads, key_heads, dim, group in ((4, 2, 64, None), (3, 3, 24, 33)):
+        q, k = (torch.rand(rows, tokens, n, dim, device=DEVICE, dtype=dtype) for n in (heads, key_heads))
+        v = draw(rows, tokens, key_heads, dim, dtype=dtype)
+        log_a = None if group else torch.rand(rows, tokens, key_heads, device=DEVICE, dtype=dtype).neg()
+        leaves = [t if t is None else t.requires_grad_() for t in (q, k, v, log_a)]
+        state = kernels.linear_attention(*leaves, group=group)[1].detach().requires_grad_()
+        differentiate(kernels.linear_attention(*leaves, state, segments, group=group))
+        differentiate(kernels.linear_attention_summarize(*leaves[1:], segments, group=group))
+        with torch.no_grad():
+            token = [t if t is None else t[:, 0] for t in leaves]
+            kernels.linear_attention_step(*token, state, segments.positions[:, 0], group=group)
+
+
+def taylor_attention(rows: int, tokens: int, segments: Segments, dtype: torch.dtype) -> None:
+    """Both entry points from a state, and a step."""
+    for key_dim, value_dim in ((16, 64), (8, 24)):
+        q, k = (draw(rows, tokens, 3, key_dim, dtype=dtype) for _ in range(2))
+        v = draw(rows, tokens, 3, value_dim, dtype=dtype)
+        state = kernels.taylor_attention(q, k, v)[1].detach().requires_grad_()
+        differentiate(kernels.taylor_attention(q, k, v, state, segments))
+        differentiate(kernels.taylor_attention_summarize(k, v, segments))
+        with torch.no_grad():
+            kernels.taylor_attention_step(q[:, 0], k[:, 0], v[:, 0], state)
+
+
+def cross_entropy(rows: int, tokens: int, segments: Segments, dtype: torch.dtype) -> None:
+    """The fused loss and a slice's pieces, at a vocabulary that fills no tile, some labels ignored."""
+    hidden, weight = draw(rows * tokens, 72, dtype=dtype), draw(1003, 72, dtype=dtype)
+    labels = torch.randint(1003, (rows * tokens,), device=DEVICE)
+    labels[::5] = -100
+    options = {"z_loss": 1e-3, "label_smoothing": 0.1}
+    differentiate(kernels.linear_cross_entropy(hidden, weight, labels, soft_cap=30.0, **options))
+    pieces = kernels.vocabulary_pieces(hidden, weight, labels, soft_cap=30.0)
+    differentiate(kernels.loss_from_pieces(pieces, labels, 1003, **options))
+
+
+# The kernel itself where auto might take a maintained one.
+FORCED = "triton" if DEVICE == "cuda" else "auto"
+OPS = (attention, cross_entropy, linear_attention, linear_scan, rg_lru, short_conv, taylor_attention)
+NAMES = tuple(op.__name__ for op in OPS)
+
+
+def run_op(name: str) -> list[str]:
+    """Runs an op's cases and returns the names of the kernels launched."""
+    torch.manual_seed(0)
+    (op,) = (op for op in OPS if op.__name__ == name)
+    if DEVICE == "cpu":
+        each_piece(op)
+        return []
+    with launches() as names:
+        each_piece(op)
+        torch.cuda.synchronize()
+    return sorted(set(names))
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What the sanitizer said of an op: errors by kernel, `kernels` those that ran, or why it said nothing."""
+
+    op: str
+    kernels: list[str]
+    errors: Counter[str]
+    failure: str | None = None
+
+
+def errors_in(log: str) -> Counter[str]:
+    """Errors by kernel in a log of compute-sanitizer; those that name no kernel count under "".
+
+    The total is the log's own; a log without one raises ValueError.
+    """
+    totals = re.findall(r"(?:ERROR SUMMARY: (\d+) errors?|RACECHECK SUMMARY: (\d+) hazards? displayed.*)$", log, re.M)
+    if not totals:
+        raise ValueError("the log holds no summary")
+    total = sum(int(errors or hazards) for errors, hazards in totals)
+    found = Counter(_PLACE.findall(log))
+    found[""] = max(0, total - found.total())
+    return +found
+
+
+def sanitize(name: str, tool: str, logs: Path) -> Finding:
+    """Runs an op under the tool in a process of its own; its log is left in `logs`."""
+    log, told = logs / f"{tool}-{name}.log", logs / f"{name}.json"
+    command = ["compute-sanitizer", "--tool", tool, "--log-file", str(log), *_padding(tool)]
+    command += [sys.executable, "-m", "benchmarks.sanitize", "--child", name, "--names", str(told)]
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    try:
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LONGEST_S)
+    except subprocess.TimeoutExpired:
+        return Finding(name, [], Counter(), f"not done after {LONGEST_S} s")
+    try:
+        return Finding(name, json.loads(told.read_text()), errors_in(log.read_text()))
+    except (OSError, ValueError) as error:
+        said = (done.stderr.strip() or done.stdout.strip() or str(error)).splitlines()[-1]
+        return Finding(name, [], Counter(), f"exit {done.returncode}: {said}")
+
+
+def _padding(tool: str) -> list[str]:
+    """The option that keeps allocations apart, where this release has it."""
+    if tool != "memcheck":
+        return []
+    told = subprocess.run(["compute-sanitizer", "--help"], capture_output=True, text=True)
+    return ["--padding", str(PADDING)] if "--padding" in told.stdout + told.stderr else []
+
+
+def note(finding: Finding, tool: str) -> bool:
+    """Records a finding, a figure a kernel, and returns whether it is clean."""
+    if finding.failure or not finding.kernels:
+        print(f"{finding.op}: {finding.failure or 'launched no kernel of ours'}", file=sys.stderr)
+        return False
+    counted = {name: finding.errors[name] for name in finding.kernels}
+    counted["all other kernels and calls"] = finding.errors.total() - sum(counted.values())
+    for name, errors in counted.items():
+        record("sanitize", f"{finding.op}: {name}", "longscan", f"{tool} errors", errors, "errors", 0)
+    return not finding.errors
+
+
+def main() -> None:
+    """Sanitizes the ops named, or all, or is one such process."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("ops", nargs="*", metavar="op", help=f"of {', '.join(NAMES)}; all where none is named")
+    parser.add_argument("--tool", default="memcheck", choices=("memcheck", "racecheck", "initcheck", "synccheck"))
+    parser.add_argument("--logs", type=Path, help="keep the tool's logs here")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--names", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        options.names.write_text(json.dumps(run_op(options.child)))
+        return
+    for name in options.ops:
+        if name not in NAMES:
+            parser.error(f"no op {name!r}, expected some of {', '.join(NAMES)}")
+    if DEVICE == "cpu" or shutil.which("compute-sanitizer") is None:
+        sys.exit("benchmarks.sanitize needs a CUDA GPU and compute-sanitizer (of the CUDA toolkit) on the path")
+    with TemporaryDirectory() as scratch, ThreadPoolExecutor(AT_ONCE) as pool:
+        logs: Any = options.logs or Path(scratch)
+        logs.mkdir(parents=True, exist_ok=True)
+        findings = list(pool.map(partial(sanitize, tool=options.tool, logs=logs), options.ops or NAMES))
+    clean = [note(finding, options.tool) for finding in findings]
+    sys.exit(0 if all(clean) else 1)
+
+
+if __name__ == "__main__":
+    main()
