@@ -1,7 +1,8 @@
-"""Works of the layers around the mixers: RMSNorm, the MLP's gate, rotary positions; ours is plain torch.
+"""Works of the layers around the mixers: RMSNorm, the MLP's gate, rotary positions, each as the models run it.
 
-Peers: torch.compile of the same functions, and Liger's kernels where installed. Liger's rotation overwrites its inputs
-and its gates' backward pass what they saved; their floor counts as if they did not. `--check` prints errors.
+Norm and gate are Liger's kernels, the rotation is ours. Peers: the same in plain PyTorch, that under torch.compile, and
+Liger's rotation where installed, which overwrites its queries. Liger's gates overwrite what they saved in the backward
+pass; their floor counts as if they did not. `--check` prints errors, `--tune` the time of each tile of the rotation.
 """
 
 from __future__ import annotations
@@ -9,19 +10,24 @@ from __future__ import annotations
 import argparse
 import importlib.util
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
 
-from longscan.models.mlp import ACTIVATIONS
+from longscan.kernels import rotary
+from longscan.kernels.rotary import kernel, reference
+from longscan.models.mlp import ACTIVATIONS, gated
 from longscan.models.norm import RMSNorm
-from longscan.models.positions import rotary_table, rotate
+from longscan.models.positions import rotary_table
 
-from .gpu_timing import Work
+from .gpu_timing import Work, milliseconds
 
 TOKENS, WIDTH, HIDDEN = 32768, 2560, 7680
 HEADS, HEAD_DIM = 16, 128
+BASE = 10000.0
 EPS = 1e-6
 
 Layer = Callable[..., Tensor]
@@ -33,7 +39,9 @@ def works(tokens: int = TOKENS) -> Iterator[Work]:
     yield from gate_works(tokens, "geglu", "gelu")
     yield from gate_works(tokens, "swiglu", "silu")
     for rotated in (HEAD_DIM, HEAD_DIM // 2):
-        yield from rotary_works(tokens, rotated)
+        yield from rotary_works(tokens, HEADS, rotated)
+    yield from rotary_works(tokens, 1, HEAD_DIM // 2)
+    yield table_work(tokens)
 
 
 def norm_works(tokens: int) -> Iterator[Work]:
@@ -44,60 +52,58 @@ def norm_works(tokens: int) -> Iterator[Work]:
     def ours(x: Tensor, scale: Tensor) -> Tensor:
         return functional_call(norm, {"scale": scale}, (x,))
 
-    yield from _each(f"rms_norm ({tokens}, {WIDTH}) bf16", [x, scale], (2, 5), ours, liger_norm)
+    def plain(x: Tensor, scale: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), x.shape[-1:], 1 + scale.float(), EPS).to(x.dtype)
+
+    yield from _each(f"rms_norm ({tokens}, {WIDTH}) bf16", [x, scale], (2, 5), ours, plain)
 
 
 def gate_works(tokens: int, name: str, activation: str) -> Iterator[Work]:
     """act(gate) * up: reads both, writes y; backward reads both and dy, writes both gradients."""
     act, inputs = ACTIVATIONS[activation], [_draw(1, tokens, HIDDEN) for _ in range(2)]
-
-    def ours(gate: Tensor, up: Tensor) -> Tensor:
-        return act(gate) * up
-
-    yield from _each(f"{name} ({tokens}, {HIDDEN}) bf16", inputs, (3, 8), ours, lambda: liger_gate(activation))
+    title = f"{name} ({tokens}, {HIDDEN}) bf16"
+    yield from _each(title, inputs, (3, 8), partial(gated, activation), lambda gate, up: act(gate) * up)
 
 
-def rotary_works(tokens: int, rotated: int) -> Iterator[Work]:
-    """Queries with their first dims rotated: read and written once each way."""
-    q = _draw(1, tokens, HEADS, HEAD_DIM)
-    table = rotary_table(torch.arange(tokens, device="cuda")[None], rotated, 10000.0, torch.float32)
-    name = f"rotary ({tokens}, {HEADS}, {HEAD_DIM}), {rotated} dims rotated, bf16"
-    yield from _each(name, [q], (2, 4), lambda q: rotate(q, *table), lambda: liger_rotary(rotated, *table))
+def rotary_works(tokens: int, heads: int, rotated: int) -> Iterator[Work]:
+    """Queries, or the keys of one head, with their first dims rotated: read and written once each way."""
+    q, table = _draw(1, tokens, heads, HEAD_DIM), _table(_positions(tokens), rotated)
+    name = f"rotary ({tokens}, {heads}, {HEAD_DIM}), {rotated} dims rotated, bf16"
+    yield from _each(name, [q], (2, 4), lambda q: rotary(q, *table), lambda q: reference.forward(q, *table))
+    if importlib.util.find_spec("liger_kernel"):
+        passes = (2 * q.nbytes, 4 * q.nbytes)
+        yield Work(name, [q], liger_rotary(rotated, *table), *passes, impl="Liger in place")
+
+
+def table_work(tokens: int) -> Work:
+    """The cosines and sines of half a head, which each layer makes for its queries and keys."""
+    positions, rotated = _positions(tokens), HEAD_DIM // 2
+    size = positions.nbytes + tokens * rotated * 4
+    return Work(f"rotary_table ({tokens}, {rotated}) fp32", [positions], lambda p: _table(p, rotated)[0], size, size)
+
+
+def _positions(tokens: int) -> Tensor:
+    return torch.arange(tokens, device="cuda")[None]
+
+
+def _table(positions: Tensor, rotated: int) -> tuple[Tensor, Tensor]:
+    return rotary_table(positions, rotated, BASE, torch.float32)
 
 
 def _draw(*shape: int) -> Tensor:
     return torch.randn(*shape, device="cuda", dtype=torch.bfloat16).requires_grad_()
 
 
-def _each(
-    name: str, inputs: list[Tensor], passes: tuple[int, int], ours: Layer, liger: Callable[[], Layer]
-) -> Iterator[Work]:
+def _each(name: str, inputs: list[Tensor], passes: tuple[int, int], ours: Layer, plain: Layer) -> Iterator[Work]:
     """The works of one layer; `passes` over its first input's bytes, forward and with backward, are the floor."""
     forward, both = (count * inputs[0].nbytes for count in passes)
     yield Work(name, inputs, ours, forward, both)
-    yield Work(name, inputs, torch.compile(ours), forward, both, impl="torch.compile")
-    if importlib.util.find_spec("liger_kernel"):
-        yield Work(name, inputs, liger(), forward, both, impl="Liger")
-
-
-def liger_norm() -> Layer:
-    """Our formula: everything in fp32, the scale around zero; the gradient given is left as it is."""
-    from liger_kernel.ops.rms_norm import LigerRMSNormFunction
-
-    return lambda x, scale: LigerRMSNormFunction.apply(x, scale, EPS, 1.0, "gemma", False)
-
-
-def liger_gate(activation: str) -> Layer:
-    """Overwrites gate and up by their gradients."""
-    from liger_kernel.ops.geglu import LigerGELUMulFunction
-    from liger_kernel.ops.swiglu import LigerSiLUMulFunction
-
-    function = {"gelu": LigerGELUMulFunction, "silu": LigerSiLUMulFunction}[activation]
-    return lambda gate, up: function.apply(gate, up)
+    yield Work(name, inputs, plain, forward, both, impl="torch")
+    yield Work(name, inputs, torch.compile(plain), forward, both, impl="torch.compile")
 
 
 def liger_rotary(rotated: int, cos: Tensor, sin: Tensor) -> Layer:
-    """Overwrites its queries by the rotated ones."""
+    """Liger's rotation, with one key beside the queries."""
     from liger_kernel.ops.rope import LigerRopeFunction
 
     key = torch.zeros(1, 1, cos.shape[1], HEAD_DIM, device="cuda", dtype=torch.bfloat16)
@@ -112,6 +118,8 @@ def check(tokens: int = 300) -> None:
     """Prints each implementation's relative error of the output and of each gradient, against ours in float64."""
     exact: dict[str, list[Tensor]] = {}
     for work in works(tokens):
+        if not work.leaves:
+            continue
         if work.impl == "longscan":
             exact[work.name] = _results(work.call, [t.detach().double() for t in work.inputs])
         found = _results(work.call, [t.detach().clone() for t in work.inputs])
@@ -126,12 +134,32 @@ def _results(call: Layer, inputs: list[Tensor]) -> list[Tensor]:
     return [value, *torch.autograd.grad(y, inputs, grad.to(y.dtype))]
 
 
+# pairs, group, warps
+TILES = [(2048, 16, 4), (4096, 16, 8), (1024, 16, 4), (1024, 16, 2), (4096, 16, 4), (2048, 8, 4), (1024, 8, 4)]
+
+
+def candidates() -> None:
+    """Prints the time of each tile of the rotation, the pass alone."""
+    cases = [(16, HEAD_DIM), (16, HEAD_DIM // 2), (1, HEAD_DIM // 2)]
+    drawn = [(_draw(1, TOKENS, heads, HEAD_DIM).detach(), *_table(_positions(TOKENS), dims)) for heads, dims in cases]
+    chosen = kernel.TILE
+    for tile in TILES:
+        kernel.TILE = kernel.Tile(*tile)
+        times = [milliseconds(lambda case=case: kernel.rotate(*case, False), 10) for case in drawn]
+        print(tile, *(f"{heads} heads {dims} dims {ms:.4f} ms" for (heads, dims), ms in zip(cases, times, strict=True)))
+    kernel.TILE = chosen
+
+
 def main() -> None:
-    """`--check` prints the errors."""
+    """`--check` prints the errors, `--tune` the times of the tiles."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", required=True)
-    parser.parse_args()
-    check()
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--tune", action="store_true")
+    options = parser.parse_args()
+    if options.check:
+        check()
+    if options.tune:
+        candidates()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""linear_scan, rg_lru and its gate projections on one GPU; `--tune` times the ways to cut them into programs."""
+"""linear_scan and rg_lru on one GPU; `--tune` times the ways to cut them into programs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from .gpu_timing import Work, milliseconds
 SHAPES = ((1, 32768, 2560), (8, 2048, 2560))
 LENGTHS = (2048, 8192, 131072)
 WIDTH = 2560
-HEADS = 16
 
 
 def works() -> Iterator[Work]:
@@ -29,7 +28,6 @@ def works() -> Iterator[Work]:
         yield from scan_peers(*shape)
     for shape in shapes:
         yield rg_lru_work(*shape)
-    yield from gate_works(1, 32768)
 
 
 def _draw(*shape: int) -> Tensor:
@@ -75,74 +73,29 @@ def rg_lru_work(batch: int, tokens: int, width: int) -> Work:
     return Work(name, leaves, lambda *a: rg_lru(*a)[0], 4 * size, 12 * size)
 
 
-def gate_works(batch: int, tokens: int) -> Iterator[Work]:
-    """Both block-diagonal gate projections as the model runs them, alone and with the rg_lru they feed."""
-    block = WIDTH // HEADS
-    size, rows = batch * tokens * WIDTH * 2, batch * tokens
-    x = _draw(batch, tokens, WIDTH).requires_grad_()
-    weights = [(_draw(HEADS, block, block) * block**-0.5).requires_grad_() for _ in range(2)]
-    a_param = torch.full((WIDTH,), -4.0, device="cuda", requires_grad=True)
-    flops = 2 * 2 * rows * block * WIDTH
-
-    def gate(x: Tensor, weight: Tensor) -> Tensor:
-        y = torch.bmm(x.view(rows, HEADS, block).transpose(0, 1), weight)
-        return y.transpose(0, 1).reshape(batch, tokens, WIDTH)
-
-    def gates(x: Tensor, one: Tensor, two: Tensor) -> Tensor:
-        return gate(x, one) + gate(x, two)
-
-    def whole(x: Tensor, one: Tensor, two: Tensor, a_param: Tensor) -> Tensor:
-        return rg_lru(x, gate(x, one), gate(x, two), a_param)[0]
-
-    gate_name = f"gates (1, {tokens}, {HEADS}x{block}) bf16"
-    inner = _draw(HEADS, rows, block).requires_grad_()
-    yield Work(gate_name, [inner, weights[0]], torch.bmm, 2 * size, 5 * size, flops // 2, 3 * flops // 2, "torch bmm")
-    yield Work(
-        gate_name, [x, weights[0]], gate, 2 * size, 5 * size, flops // 2, 3 * flops // 2, "torch bmm from (B, T, D)"
-    )
-    name = f"gates + rg_lru (1, {tokens}, {HEADS}x{block}) bf16"
-    yield Work(name, [x, *weights, a_param], whole, 7 * size, 22 * size, flops, 3 * flops)
-
-
-# rows, steps, block, warps, programs an SM
-SCAN_FORWARD = [
-    (16, 16, 16, 4, 3),
-    (16, 16, 16, 4, 2),
-    (16, 8, 16, 4, 5),
-    (32, 16, 16, 8, 1),
-    (32, 8, 16, 8, 2),
-    (8, 16, 16, 2, 6),
-    (16, 16, 32, 8, 1),
-    (8, 16, 32, 4, 3),
-]
-SCAN_BACKWARD = [
-    (16, 16, 16, 4, 2),
-    (16, 8, 16, 4, 4),
-    (16, 8, 16, 4, 3),
-    (32, 8, 16, 8, 2),
-    (32, 16, 16, 8, 1),
-    (8, 16, 16, 2, 5),
-    (8, 8, 32, 4, 4),
-]
+# rows, steps, block, warps, registers
+SCAN_FORWARD = [(16, 16, 32, 8), (8, 16, 64, 8), (8, 16, 32, 4)]
+SCAN_BACKWARD = [(16, 16, 32, 8), (8, 16, 64, 8)]
 GATED_FORWARD = [
-    (16, 16, 16, 4, 2),
-    (16, 8, 16, 4, 4),
-    (16, 8, 16, 4, 5),
-    (32, 8, 16, 8, 2),
-    (32, 16, 16, 8, 1),
-    (8, 16, 16, 2, 4),
-    (16, 4, 16, 4, 6),
-    (32, 4, 16, 8, 3),
-    (8, 16, 32, 4, 2),
+    (8, 16, 64, 8),
+    (8, 16, 64, 8, 128),
+    (16, 8, 32, 8),
+    (16, 8, 32, 8, 64),
+    (32, 8, 32, 16, 64),
+    (32, 8, 16, 8, 64),
+    (16, 8, 64, 16, 64),
+    (16, 16, 32, 8, 128),
+    (8, 16, 32, 4, 128),
 ]
 GATED_BACKWARD = [
-    (16, 8, 16, 4, 2),
-    (16, 4, 16, 4, 3),
-    (32, 8, 16, 8, 1),
-    (32, 4, 16, 8, 1),
-    (8, 8, 16, 2, 4),
-    (64, 4, 16, 16, 1),
-    (8, 8, 32, 4, 2),
+    (16, 8, 32, 8),
+    (16, 8, 32, 8, 128),
+    (8, 8, 64, 8, 128),
+    (8, 8, 64, 8),
+    (32, 4, 32, 16, 64),
+    (16, 8, 64, 16, 128),
+    (16, 8, 16, 4),
+    (8, 8, 32, 4, 128),
 ]
 
 
@@ -168,7 +121,7 @@ def candidates() -> None:
             for attribute, (tiles, run) in passes.items():
                 chosen = getattr(module, attribute)
                 for tile in tiles:
-                    setattr(module, attribute, Tile(*tile))
+                    setattr(module, attribute, (Tile(*tile),) * 2)
                     print(f"{work.name} {attribute} {tile}: {_time(run)}", flush=True)
                 setattr(module, attribute, chosen)
 

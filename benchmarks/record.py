@@ -17,7 +17,17 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-_VERSIONED = ("torch", "triton", "numpy", "deepspeed", "megatron-core", "ray", "webdataset", "tokenizers")
+_VERSIONED = (
+    "torch",
+    "triton",
+    "numpy",
+    "liger-kernel",
+    "deepspeed",
+    "megatron-core",
+    "ray",
+    "webdataset",
+    "tokenizers",
+)
 
 
 def record(

@@ -5,10 +5,12 @@ the state, tail or keys left of it and its Segments, the result is the one the w
 """
 
 from .attention import attention
+from .block_diagonal import gate_projections
 from .cross_entropy import linear_cross_entropy, loss_from_pieces, vocabulary_pieces
 from .linear_attention import linear_attention, linear_attention_step, linear_attention_summarize
 from .linear_scan import linear_scan, linear_scan_summarize
 from .rg_lru import rg_lru, rg_lru_summarize
+from .rotary import rotary
 from .segments import Segments
 from .short_conv import short_conv
 from .taylor_attention import taylor_attention, taylor_attention_step, taylor_attention_summarize
@@ -16,6 +18,7 @@ from .taylor_attention import taylor_attention, taylor_attention_step, taylor_at
 __all__ = [
     "Segments",
     "attention",
+    "gate_projections",
     "linear_attention",
     "linear_attention_step",
     "linear_attention_summarize",
@@ -25,6 +28,7 @@ __all__ = [
     "loss_from_pieces",
     "rg_lru",
     "rg_lru_summarize",
+    "rotary",
     "short_conv",
     "taylor_attention",
     "taylor_attention_step",

@@ -22,9 +22,11 @@ _HALF_AND_SINGLE = frozenset({torch.float32, torch.float16, torch.bfloat16})
 KERNELS = {
     "attention": _HALF_AND_SINGLE,
     "cross_entropy": _HALF_AND_SINGLE,
+    "gate_projections": _HALF_AND_SINGLE,
     "linear_attention": _HALF_AND_SINGLE,
     "linear_scan": _HALF_AND_SINGLE,
     "rg_lru": _HALF_AND_SINGLE,
+    "rotary": _HALF_AND_SINGLE,
     "short_conv": _HALF_AND_SINGLE,
     "taylor_attention": _HALF_AND_SINGLE,
 }

@@ -20,6 +20,7 @@ from .schema import problems_of
 
 if TYPE_CHECKING:
     from ..data import Corpus
+    from ..parallel.dims import ParallelDims
 
 SKIPPED = re.compile(r"(\d+):(\d+)-(\d+)")
 
@@ -79,6 +80,13 @@ def worker_count(config: Config) -> int:
 def replica_size(config: Config) -> int:
     """How many workers hold one copy of the model."""
     return config.parallel.context * config.parallel.tensor * config.parallel.pipeline
+
+
+def parallel_dims(config: Config, workers: int) -> ParallelDims:
+    """The layout of the run over that many workers."""
+    from ..parallel.dims import ParallelDims
+
+    return ParallelDims(**{**dataclasses.asdict(config.parallel), "data": workers // replica_size(config)})
 
 
 def stage_micro_rows(config: Config, stage: StageConfig) -> int:
@@ -194,16 +202,17 @@ def _layout_problems(config: Config, workers: int | None) -> Iterator[str]:
             f"set parallel.data to {workers // size} or 0"
         )
     else:
-        yield from _dims_problems(config, workers // size)
+        yield from _dims_problems(config, workers)
 
 
-def _dims_problems(config: Config, data: int) -> Iterator[str]:
-    """What `parallel` itself refuses in this version."""
-    from ..parallel.dims import ParallelDims
-
-    entries = {**vars(config.parallel), "data": data}
+def _dims_problems(config: Config, workers: int) -> Iterator[str]:
+    """What `parallel` itself refuses: sizes that the model or the rows do not divide by."""
     try:
-        ParallelDims(**entries).validate()
+        models.validate(config.model)
+    except ConfigError:
+        return  # `validate` tells that; no layout can be held against such a model.
+    try:
+        parallel_dims(config, workers).validate(workers, config.model, [stage.seq_len for stage in config.stages])
     except ConfigError as error:
         yield str(error).rstrip(".")
 

@@ -11,10 +11,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .config import (
+    AttentionConfig,
+    LinearizedAttentionConfig,
     LocalAttentionConfig,
     MLPConfig,
     ModelConfig,
     RGLRUConfig,
+    ShortConvConfig,
+    TaylorAttentionConfig,
     config_from_mapping,
     flops_per_token,
     load_preset,
@@ -41,9 +45,11 @@ _NEED_TORCH = {
 }
 
 __all__ = [
+    "AttentionConfig",
     "Backend",
     "Carry",
     "LanguageModel",
+    "LinearizedAttentionConfig",
     "LocalAttentionConfig",
     "LocalBackend",
     "LocalContext",
@@ -51,6 +57,8 @@ __all__ = [
     "ModelConfig",
     "RGLRUConfig",
     "SequenceContext",
+    "ShortConvConfig",
+    "TaylorAttentionConfig",
     "config_from_mapping",
     "flops_per_token",
     "generate",

@@ -7,13 +7,15 @@ files do not change.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .parameters import normal, zeros
+from ..kernels import linear_cross_entropy
+from .norm import RMSNorm
+from .parameters import Logical, normal, whole, zeros
 
 
 class Backend(Protocol):
@@ -21,6 +23,22 @@ class Backend(Protocol):
 
     def local(self, size: int) -> int:
         """How many of `size` channels or heads this rank holds."""
+        ...
+
+    def part(self, size: int) -> slice:
+        """Which of `size` channels or heads this rank holds."""
+        ...
+
+    def logical(self, name: str, parameter: Tensor) -> Logical:
+        """Which box of which logical tensor the model's parameter called `name` is."""
+        ...
+
+    def residual(self, x: Tensor) -> Tensor:
+        """The part of x [B, T, ...] that belongs to the tokens of this rank's residual stream."""
+        ...
+
+    def norm(self, width: int, eps: float) -> nn.Module:
+        """The norm between the residual stream, of which a rank may hold a part, and layers that see every token."""
         ...
 
     def column_linear(self, inputs: int, outputs: int, bias: bool, variance: float) -> nn.Module:
@@ -47,6 +65,10 @@ class Backend(Protocol):
         """Logits [..., V]: `hidden` against the rows of an embedding's weight."""
         ...
 
+    def cross_entropy(self, hidden: Tensor, table: Tensor, labels: Tensor, **options: Any) -> Tensor:
+        """`kernels.linear_cross_entropy` of hidden [N, D] against the rows of an embedding's weight."""
+        ...
+
 
 class LocalBackend:
     """Whole layers on one device."""
@@ -54,6 +76,22 @@ class LocalBackend:
     def local(self, size: int) -> int:
         """All of it."""
         return size
+
+    def part(self, size: int) -> slice:
+        """All of them."""
+        return slice(0, size)
+
+    def logical(self, name: str, parameter: Tensor) -> Logical:
+        """All of it."""
+        return whole(name, parameter)
+
+    def residual(self, x: Tensor) -> Tensor:
+        """All of it."""
+        return x
+
+    def norm(self, width: int, eps: float) -> nn.Module:
+        """A plain norm."""
+        return RMSNorm(width, eps)
 
     def column_linear(self, inputs: int, outputs: int, bias: bool, variance: float) -> nn.Module:
         """A plain linear."""
@@ -78,6 +116,10 @@ class LocalBackend:
     def head(self, hidden: Tensor, table: Tensor) -> Tensor:
         """All logits."""
         return F.linear(hidden, table)
+
+    def cross_entropy(self, hidden: Tensor, table: Tensor, labels: Tensor, **options: Any) -> Tensor:
+        """The kernel's, over the whole vocabulary."""
+        return linear_cross_entropy(hidden, table, labels, **options)
 
 
 class Linear(nn.Module):

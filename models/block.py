@@ -8,7 +8,6 @@ from .backend import Backend
 from .config import ModelConfig
 from .mixers import MIXERS
 from .mlp import MLP
-from .norm import RMSNorm
 from .sequence import SequenceContext
 
 
@@ -17,9 +16,9 @@ class Block(nn.Module):
 
     def __init__(self, mixer: str, config: ModelConfig, backend: Backend, implementation: str) -> None:
         super().__init__()
-        self.mixer_norm = RMSNorm(config.width, config.norm_eps)
+        self.mixer_norm = backend.norm(config.width, config.norm_eps)
         self.mixer = MIXERS[mixer](config, backend, implementation)
-        self.mlp_norm = RMSNorm(config.width, config.norm_eps)
+        self.mlp_norm = backend.norm(config.width, config.norm_eps)
         self.mlp = MLP(config, backend)
 
     def forward(self, x: Tensor, seq: SequenceContext) -> Tensor:

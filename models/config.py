@@ -10,31 +10,25 @@ import difflib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import yaml
 
 from ..errors import ConfigError
+from .mixer_config import (
+    AttentionConfig,
+    LinearizedAttentionConfig,
+    LocalAttentionConfig,
+    MixerConfig,
+    RGLRUConfig,
+    ShortConvConfig,
+    TaylorAttentionConfig,
+    not_among,
+)
 
 ACTIVATIONS = ("gelu", "silu")
-DECAY_INITS = ("paper", "released")
+POSITION_EMBEDDINGS = ("none", "sinusoidal")
 PRESETS = Path(__file__).parent / "presets"
-
-
-class MixerConfig(Protocol):
-    """What every mixer's config answers; `width` is the model's."""
-
-    def num_params(self, width: int) -> int:
-        """The mixer's parameters."""
-        ...
-
-    def mixing_flops(self, width: int, seq_len: int) -> float:
-        """FLOPs a token, forward and backward, of the mixing itself: what 6 x parameters does not count."""
-        ...
-
-    def problems(self, width: int) -> Iterator[str]:
-        """What is wrong with the values, one clause each, values included."""
-        ...
 
 
 @dataclass
@@ -58,110 +52,7 @@ class MLPConfig:
         """What is wrong with the values."""
         if self.hidden < 0:
             yield f"model.mlp.hidden={self.hidden} must be positive, or 0 for 3 x width"
-        if self.activation not in ACTIVATIONS:
-            yield f"model.mlp.activation={self.activation!r} is not one of {', '.join(ACTIVATIONS)}"
-
-
-@dataclass
-class RGLRUConfig:
-    """Griffin's recurrent block: two branches, a short convolution and the RG-LRU on one, GeLU on the other.
-
-    Where the paper and the released code differ: `gate_blocks` is the paper's 16 (the number of heads in the code), and
-    `decay_init` the code's, which learns faster; `mixers/rg_lru.py` says by how much.
-    """
-
-    width: int = field(default=0, metadata={"help": "recurrence width; 0 = 4/3 of model width, in whole gate blocks"})
-    gate_blocks: int = field(default=16, metadata={"help": "blocks of the block-diagonal gates"})
-    conv_taps: int = field(default=4, metadata={"help": "taps of the short convolution"})
-    decay_init: str = field(default="released", metadata={"help": "released: a in decay_range; paper: a^8 in it"})
-    decay_range: list[float] = field(default_factory=lambda: [0.9, 0.999], metadata={"help": "range of initial decays"})
-    bias: bool = field(default=True, metadata={"help": "biases of the three linears"})
-
-    def channels(self, width: int) -> int:
-        """The recurrence width in force."""
-        return self.width or -(-4 * width // (3 * self.gate_blocks)) * self.gate_blocks
-
-    def num_params(self, width: int) -> int:
-        """The recurrent block's parameters."""
-        channels = self.channels(width)
-        linears = 3 * width * channels + self.bias * (2 * channels + width)
-        conv = channels * (self.conv_taps + 1)
-        gates = 2 * (channels * channels // self.gate_blocks + channels)
-        return linears + conv + gates + channels
-
-    def mixing_flops(self, width: int, seq_len: int) -> float:
-        """Zero: the scan and the gates' pointwise work (some tens of FLOPs a channel) are not counted."""
-        return 0.0
-
-    def problems(self, width: int) -> Iterator[str]:
-        """What is wrong with the values."""
-        name = "model.rg_lru"
-        if self.gate_blocks < 1:
-            yield f"{name}.gate_blocks={self.gate_blocks} must be at least 1"
-        elif self.width < 0 or self.channels(width) % self.gate_blocks:
-            yield f"{name}.width={self.width} must be a positive multiple of gate_blocks={self.gate_blocks}, or 0"
-        if self.conv_taps < 1:
-            yield f"{name}.conv_taps={self.conv_taps} must be at least 1"
-        if self.decay_init not in DECAY_INITS:
-            yield f"{name}.decay_init={self.decay_init!r} is not one of {', '.join(DECAY_INITS)}"
-        if len(self.decay_range) != 2 or not 0 < self.decay_range[0] < self.decay_range[1] < 1:
-            yield f"{name}.decay_range={self.decay_range} must be two rising numbers between 0 and 1"
-
-
-@dataclass
-class LocalAttentionConfig:
-    """Sliding-window softmax attention with rotary positions; multi-query by default.
-
-    `window` counts the query itself: the paper's 1024 means 1024 keys (the released code's mask keeps one more).
-    `rope_fraction` is 0.5, the released code's choice (the paper says RoPE and no more): the weights and figures that
-    can be checked were made so, and the other half of each head matches content at any distance.
-    """
-
-    heads: int = field(default=0, metadata={"help": "query heads; 0 = width / head_dim"})
-    head_dim: int = field(default=128, metadata={"help": "dims of a head"})
-    kv_heads: int = field(default=1, metadata={"help": "key and value heads; 1 = multi-query"})
-    window: int = field(default=1024, metadata={"help": "keys a query sees, itself included"})
-    rope_fraction: float = field(default=0.5, metadata={"help": "share of a head's dims that is rotated"})
-    rope_base: float = field(default=10000.0, metadata={"help": "base of the rotary frequencies"})
-    output_bias: bool = field(default=True, metadata={"help": "bias of the output projection; q, k, v have none"})
-
-    def query_heads(self, width: int) -> int:
-        """The number of query heads in force."""
-        return self.heads or width // self.head_dim
-
-    @property
-    def rotary_dims(self) -> int:
-        """How many of a head's dims are rotated."""
-        return round(self.head_dim * self.rope_fraction)
-
-    def num_params(self, width: int) -> int:
-        """The attention's parameters."""
-        inner = self.query_heads(width) * self.head_dim
-        return 2 * width * inner + 2 * width * self.kv_heads * self.head_dim + self.output_bias * width
-
-    def mixing_flops(self, width: int, seq_len: int) -> float:
-        """4 K a pair, head and pass, three passes; only pairs inside the window, the row being one document."""
-        return 12.0 * self.query_heads(width) * self.head_dim * pairs_per_token(seq_len, self.window)
-
-    def problems(self, width: int) -> Iterator[str]:
-        """What is wrong with the values."""
-        name = "model.local_attention"
-        for key in ("head_dim", "kv_heads", "window"):
-            if getattr(self, key) < 1:
-                yield f"{name}.{key}={getattr(self, key)} must be at least 1"
-        if self.head_dim < 1 or self.kv_heads < 1:
-            return
-        if self.heads < 0 or (self.heads == 0 and (width % self.head_dim or width < self.head_dim)):
-            yield f"{name}.heads={self.heads} needs model.width={width} to be a multiple of head_dim={self.head_dim}"
-        elif self.query_heads(width) % self.kv_heads:
-            yield f"{name}.heads={self.query_heads(width)} is not a multiple of kv_heads={self.kv_heads}"
-        if not 0 <= self.rope_fraction <= 1 or self.rotary_dims % 2:
-            yield (
-                f"{name}.rope_fraction={self.rope_fraction} of head_dim={self.head_dim} "
-                f"is {self.head_dim * self.rope_fraction:g} dims; it must be an even number between 0 and head_dim"
-            )
-        if self.rope_base <= 1:
-            yield f"{name}.rope_base={self.rope_base} must be above 1"
+        yield from not_among("model.mlp.activation", self.activation, ACTIVATIONS)
 
 
 @dataclass
@@ -178,9 +69,14 @@ class ModelConfig:
     mlp: MLPConfig = field(default_factory=MLPConfig)
     rg_lru: RGLRUConfig = field(default_factory=RGLRUConfig)
     local_attention: LocalAttentionConfig = field(default_factory=LocalAttentionConfig)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    taylor_attention: TaylorAttentionConfig = field(default_factory=TaylorAttentionConfig)
+    short_conv: ShortConvConfig = field(default_factory=ShortConvConfig)
+    linearized_attention: LinearizedAttentionConfig = field(default_factory=LinearizedAttentionConfig)
     norm_eps: float = field(default=1e-6, metadata={"help": "added to the mean square in RMSNorm"})
     tie_embeddings: bool = field(default=True, metadata={"help": "the head is the embedding's matrix"})
     embedding_scale: bool = field(default=False, metadata={"help": "embeddings times sqrt(width) (RecurrentGemma)"})
+    position_embedding: str = field(default="none", metadata={"help": "added to the embeddings: none or sinusoidal"})
     logit_soft_cap: float = field(default=0.0, metadata={"help": "c tanh(logits / c); 0 = off (RecurrentGemma: 30)"})
 
     @property
@@ -193,7 +89,14 @@ class ModelConfig:
         return getattr(self, name)
 
 
-MIXER_NAMES = ("local_attention", "rg_lru")
+MIXER_NAMES = (
+    "attention",
+    "linearized_attention",
+    "local_attention",
+    "rg_lru",
+    "short_conv",
+    "taylor_attention",
+)
 
 
 def validate(config: ModelConfig) -> None:
@@ -213,6 +116,9 @@ def _problems(config: ModelConfig) -> Iterator[str]:
         yield f"model.norm_eps={config.norm_eps} must be above 0"
     if config.logit_soft_cap < 0:
         yield f"model.logit_soft_cap={config.logit_soft_cap} must be positive, or 0 for none"
+    yield from not_among("model.position_embedding", config.position_embedding, POSITION_EMBEDDINGS)
+    if config.position_embedding == "sinusoidal" and config.width % 2:
+        yield f"model.width={config.width} must be even for model.position_embedding='sinusoidal'"
     if not config.pattern:
         yield f"model.pattern=[] names no mixer; use some of {', '.join(MIXER_NAMES)}"
     if config.width < 1:
@@ -237,17 +143,12 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> float:
     """FLOPs of training on one token of a row of `seq_len` tokens that is one document.
 
     6 x parameters (a tied head once, the embedding look-up not at all) plus softmax attention by the pairs really
-    inside the window. Scans add nothing beyond their parameters, and recomputation is never counted.
+    inside the window and linear attention by its states' entries. Diagonal scans add nothing beyond their parameters,
+    and recomputation is never counted.
     """
     lookup = 0 if config.tie_embeddings else config.vocab_size * config.width
     mixing = sum(config.mixer_config(name).mixing_flops(config.width, seq_len) for name in config.mixers)
     return 6.0 * (num_params(config) - lookup) + mixing
-
-
-def pairs_per_token(seq_len: int, window: int) -> float:
-    """The mean number of keys a query sees in a document of `seq_len` tokens."""
-    inside = min(seq_len, window)
-    return (inside * (inside + 1) / 2 + (seq_len - inside) * window) / seq_len
 
 
 def preset_names() -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,8 @@ from ..kernels import Segments
 from .backend import Backend, LocalBackend
 from .block import Block
 from .config import ModelConfig, validate
-from .norm import RMSNorm
 from .parameters import init_parameters, undecayed
+from .positions import sinusoids
 from .sequence import Carry, LocalContext, SequenceContext
 
 ACTIVATION_CHECKPOINTS = ("none", "full")
@@ -50,13 +50,13 @@ class LanguageModel(nn.Module):
         if activation_checkpoint not in ACTIVATION_CHECKPOINTS:
             known = ", ".join(ACTIVATION_CHECKPOINTS)
             raise ConfigError(f"activation_checkpoint={activation_checkpoint!r} is not one of {known}")
-        self.config = config
+        self.config, self.implementation = config, implementation
         self.backend = backend or LocalBackend()
         self.activation_checkpoint = activation_checkpoint
         self.embedding = self.backend.embedding(config.vocab_size, config.width, 1 / config.width)
         blocks = [Block(name, config, self.backend, implementation) for name in config.mixers]
         self.blocks = cast("Sequence[Block]", nn.ModuleList(blocks))
-        self.norm = RMSNorm(config.width, config.norm_eps)
+        self.norm = self.backend.norm(config.width, config.norm_eps)
         if not config.tie_embeddings:
             self.unembedding = self.backend.embedding(config.vocab_size, config.width, 1 / config.width)
 
@@ -72,7 +72,7 @@ class LanguageModel(nn.Module):
             segments: the documents of the piece.
             contexts: one SequenceContext a block; None for a piece with nothing on its left.
         """
-        x = self._embed(tokens)
+        x = self._embed(tokens, segments.positions)
         for index, block in enumerate(self.blocks):
             seq = LocalContext(segments) if contexts is None else contexts[index]
             if self.activation_checkpoint == "full" and torch.is_grad_enabled():
@@ -83,10 +83,17 @@ class LanguageModel(nn.Module):
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of normed hidden states [..., D]."""
-        table = "embedding" if self.config.tie_embeddings else "unembedding"
-        logits = self.backend.head(hidden, self.get_parameter(f"{table}.weight"))
+        logits = self.backend.head(hidden, self._table)
         cap = self.config.logit_soft_cap
         return torch.tanh(logits / cap) * cap if cap else logits
+
+    def cross_entropy(self, hidden: Tensor, labels: Tensor, **options: Any) -> Tensor:
+        """`kernels.linear_cross_entropy` of normed hidden states [..., D] and labels [...], the logits never whole.
+
+        `options` are its reduction (a row is a label, in order), ignore_index, z_loss and label_smoothing.
+        """
+        fixed = {"soft_cap": self.config.logit_soft_cap, "implementation": self.implementation}
+        return self.backend.cross_entropy(hidden.flatten(0, -2), self._table, labels.flatten(), **fixed, **options)
 
     def extend(self, tokens: Tensor, carry: Carry, segments: Segments | None = None) -> tuple[Tensor, Carry]:
         """The hidden states [B, T, D] of a further piece, and the carry after it.
@@ -109,7 +116,7 @@ class LanguageModel(nn.Module):
 
     def step(self, tokens: Tensor, carry: Carry) -> tuple[Tensor, Carry]:
         """The logits [B, V] of what follows one more token a row [B], and the carry."""
-        x, layers = self._embed(tokens), []
+        x, layers = self._embed(tokens, carry.position), []
         for block, layer in zip(self.blocks, carry.layers, strict=True):
             x, layer = block.step(x, layer, carry.position)
             layers.append(layer)
@@ -123,12 +130,21 @@ class LanguageModel(nn.Module):
 
     def init_weights(self, seed: int) -> None:
         """Draws every parameter in place from `seed` and its name; build order, device and dtype do not matter."""
-        init_parameters(self, seed)
+        init_parameters(self, seed, self.backend.logical)
 
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that do not decay: norms, biases, and the RG-LRU's decays and gates."""
+        """Names of the parameters that do not decay: norms, biases and factors, and the RG-LRU's decays and gates."""
         return undecayed(self)
 
-    def _embed(self, tokens: Tensor) -> Tensor:
+    @property
+    def _table(self) -> Tensor:
+        """The head's weight [V, D]."""
+        return self.get_parameter("embedding.weight" if self.config.tie_embeddings else "unembedding.weight")
+
+    def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         x = self.embedding(tokens)
-        return x * self.config.width**0.5 if self.config.embedding_scale else x
+        if self.config.embedding_scale:
+            x = x * self.config.width**0.5
+        if self.config.position_embedding == "none":
+            return x
+        return x + sinusoids(self.backend.residual(positions), self.config.width, x.dtype)

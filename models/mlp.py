@@ -7,6 +7,7 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import fused
 from .backend import Backend
 from .config import ModelConfig
 
@@ -22,8 +23,15 @@ class MLP(nn.Module):
         self.gate = backend.column_linear(width, hidden, bias, 1 / width)
         self.up = backend.column_linear(width, hidden, bias, 1 / width)
         self.down = backend.row_linear(hidden, width, bias, 2 / (config.layers * hidden))
-        self.activation = ACTIVATIONS[config.mlp.activation]
+        self.activation = config.mlp.activation
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
-        return self.down(self.activation(self.gate(x)) * self.up(x))
+        return self.down(gated(self.activation, self.gate(x), self.up(x)))
+
+
+def gated(activation: str, gate: Tensor, up: Tensor) -> Tensor:
+    """`act(gate) * up`; the backward pass may write over both, which nothing else may have kept."""
+    if fused.runs(gate):
+        return fused.gated(activation, gate, up)
+    return ACTIVATIONS[activation](gate) * up

@@ -1,7 +1,8 @@
 """How every parameter begins and whether it decays, declared beside the parameter.
 
 A module that owns parameters sets `self.specs`, one ParameterSpec a parameter. Values are drawn from the seed and the
-parameter's full name alone, on the CPU in fp32: build order, device, dtype and layout change nothing.
+parameter's full name alone, on the CPU in fp32, for the whole logical tensor, of which a rank that holds a box takes
+that: build order, device, dtype and layout change nothing.
 """
 
 from __future__ import annotations
@@ -39,13 +40,33 @@ def zeros() -> ParameterSpec:
     return ParameterSpec(lambda shape, generator: torch.zeros(shape), decay=False)
 
 
-def init_parameters(module: nn.Module, seed: int) -> None:
-    """Fills every parameter of `module` in place from `seed` and its name."""
+@dataclass(frozen=True)
+class Logical:
+    """Where a parameter lies in its logical tensor, the one that a model on one device would have.
+
+    Attributes:
+        shape: the logical tensor's.
+        offsets: where this rank's box begins; its sizes are the parameter's own shape.
+    """
+
+    shape: tuple[int, ...]
+    offsets: tuple[int, ...]
+
+
+def whole(name: str, parameter: Tensor) -> Logical:
+    """The place of a parameter that is its logical tensor."""
+    return Logical(tuple(parameter.shape), (0,) * parameter.ndim)
+
+
+def init_parameters(module: nn.Module, seed: int, logical: Callable[[str, Tensor], Logical] = whole) -> None:
+    """Fills every parameter of `module` in place from `seed` and its name; `logical` says which box of what it is."""
     with torch.no_grad():
         for name, parameter, spec in _specified(module):
             digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
             generator = Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-            parameter.copy_(spec.init(tuple(parameter.shape), generator))
+            place = logical(name, parameter)
+            box = tuple(slice(o, o + n) for o, n in zip(place.offsets, parameter.shape, strict=True))
+            parameter.copy_(spec.init(place.shape, generator)[box])
 
 
 def undecayed(module: nn.Module) -> set[str]:

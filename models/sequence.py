@@ -29,9 +29,12 @@ class SequenceContext(Protocol):
         """The documents of the piece."""
         ...
 
-    def left_halo(self, name: str, x: Tensor, n: int) -> Tensor:
+    def left_halo(self, name: str, x: Tensor, n: int | None) -> Tensor:
         """The n entries [B, n, ...] left of x [B, T, ...], zeros where nothing is; or [B, 0, ...], where no segment
-        of the piece continues. The last n entries of both leave on the right under `name`."""
+        of the piece continues. The last n entries of both leave on the right under `name`.
+
+        With n None, all entries of the documents that continue into the piece, right-aligned, or more: what lies
+        before a document's start is masked by the mixer, never read."""
         ...
 
     def initial_state(self, name: str, summarize: Summarize) -> Tensor | None:
@@ -55,11 +58,14 @@ class LocalContext:
         self.carry = carry
         self.leaving: dict[str, Tensor] = {}
 
-    def left_halo(self, name: str, x: Tensor, n: int) -> Tensor:
+    def left_halo(self, name: str, x: Tensor, n: int | None) -> Tensor:
         """The carry's entries under `name`; none without a carry."""
         if self.carry is None:
             return x[:, :0]
         halo = self.carry[name]
+        if n is None:
+            self.leaving[name] = torch.cat([halo, x], dim=1)
+            return halo
         assert halo.shape[1] == n, f"carry {name!r} holds {halo.shape[1]} entries, the mixer asks for {n}"
         self.leaving[name] = roll_in(halo, x)
         return halo
@@ -84,7 +90,7 @@ def roll_in(kept: Tensor, x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Carry:
-    """All that a model keeps of the tokens it has read; its size does not depend on how many.
+    """All that a model keeps of the tokens it has read; without full attention its size does not depend on how many.
 
     Attributes:
         layers: for each block the named tensors of its mixer, [B, ...].

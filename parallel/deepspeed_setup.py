@@ -17,16 +17,54 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
+from .groups import megatron
 
-def wrap(model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any], device: torch.device) -> Any:
-    """Returns a DeepSpeed engine around `model` and `optimizer` on `device`."""
+
+def wrap(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    config: dict[str, Any],
+    device: torch.device,
+    tensor_group: dist.ProcessGroup | None = None,
+) -> Any:
+    """Returns a DeepSpeed engine around `model` and `optimizer` on `device`; `tensor_group` shares each layer."""
+    ranks = None if tensor_group is None else _Ranks(tensor_group)
     # LOCAL_RANK is where DeepSpeed takes its device from.
     with _environment("LOCAL_RANK", str(device.index or 0)), redirect_stdout(io.StringIO()):
         deepspeed = _load(device)
-        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
+        engine, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=config, mpu=ranks, dist_init_required=False
+        )
     return engine
+
+
+class _Ranks:
+    """Megatron's groups under the names DeepSpeed asks for. Its data ranks are data x context, all else is tensor."""
+
+    def __init__(self, tensor_group: dist.ProcessGroup) -> None:
+        self._tensor = tensor_group
+        self._copies = megatron().get_data_parallel_group(with_context_parallel=True)
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        return self._copies
+
+    def get_data_parallel_world_size(self) -> int:
+        return self._copies.size()
+
+    def get_data_parallel_rank(self) -> int:
+        return self._copies.rank()
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
+        return self._tensor
+
+    def get_model_parallel_world_size(self) -> int:
+        return self._tensor.size()
+
+    def get_model_parallel_rank(self) -> int:
+        return self._tensor.rank()
 
 
 def _load(device: torch.device) -> ModuleType:

@@ -1,10 +1,19 @@
-"""The sizes of the parallel axes: one frozen object, checked before any process starts."""
+"""The sizes of the parallel axes: one frozen object, checked against the model before any process starts."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from ..errors import ConfigError
+from ..models.mixer_config import AttentionConfig, HeadsConfig, RGLRUConfig, ShortConvConfig
+
+if TYPE_CHECKING:
+    from ..models import ModelConfig
+    from ..models.mixer_config import MixerConfig
 
 _AXES = ("data", "context", "tensor", "pipeline")
 _AVAILABLE_STAGES = (0, 1)
@@ -12,7 +21,7 @@ _AVAILABLE_STAGES = (0, 1)
 
 @dataclass(frozen=True)
 class ParallelDims:
-    """How many ranks lie along each axis, and what ZeRO shards over the data axis.
+    """How many ranks lie along each axis, and what ZeRO shards over data x context.
 
     Attributes:
         data: replicas of the model; each takes its own rows of a step.
@@ -40,24 +49,99 @@ class ParallelDims:
         """How many ranks there are."""
         return self.data * self.replica_size
 
-    def validate(self, world_size: int | None = None) -> None:
-        """Raises ConfigError where the sizes are impossible, unavailable, or do not fill `world_size` ranks."""
+    def validate(
+        self, world_size: int | None = None, model: ModelConfig | None = None, seq_lens: Sequence[int] = ()
+    ) -> None:
+        """Raises ConfigError where the sizes are impossible or unavailable, with the nearest layout that is not.
+
+        Args:
+            world_size: how many ranks are to be started.
+            model: the model, whose layers `tensor` must divide; its vocabulary may be unknown yet (0).
+            seq_lens: the row lengths of the run, which `context` must divide.
+        """
         for axis in _AXES:
-            size = getattr(self, axis)
-            if size < 1:
-                raise ConfigError(f"parallel.{axis} is {size}; it counts ranks and must be at least 1")
-            if axis != "data" and size > 1:
-                raise ConfigError(
-                    f"parallel.{axis} is {size}, but this version shards over data only; set parallel.{axis}=1"
-                )
-        if self.zero not in _AVAILABLE_STAGES:
-            known = " or ".join(map(str, _AVAILABLE_STAGES))
-            raise ConfigError(f"parallel.zero is {self.zero}; this version has ZeRO stages {known}")
-        if self.sequence_parallel and self.tensor == 1:
-            raise ConfigError("parallel.sequence_parallel needs parallel.tensor > 1, which is 1; set it to false")
+            if getattr(self, axis) < 1:
+                raise ConfigError(f"parallel.{axis} is {getattr(self, axis)}; it counts ranks and must be at least 1")
+        self._check_features()
+        problem = next(_problems(self, model, seq_lens), None)
+        if problem:
+            raise ConfigError(f"{problem}; {_remedy(self, world_size, model, seq_lens)}")
         if world_size is not None and self.world_size != world_size:
             raise ConfigError(
                 f"data {self.data} x context {self.context} x tensor {self.tensor} x pipeline {self.pipeline} = "
                 f"{self.world_size} ranks, but {world_size} are to be started; "
                 f"set parallel.data={max(1, world_size // self.replica_size)} or start {self.world_size}"
             )
+
+    def _check_features(self) -> None:
+        """Raises ConfigError for what no size of an axis would mend."""
+        if self.pipeline > 1:
+            raise ConfigError(
+                f"parallel.pipeline is {self.pipeline}, but this version has no pipeline; set parallel.pipeline=1"
+            )
+        if self.zero not in _AVAILABLE_STAGES:
+            known = " or ".join(map(str, _AVAILABLE_STAGES))
+            raise ConfigError(f"parallel.zero is {self.zero}; this version has ZeRO stages {known}")
+        if self.sequence_parallel and self.tensor == 1:
+            raise ConfigError("parallel.sequence_parallel needs parallel.tensor > 1, which is 1; set it to false")
+
+
+def _problems(dims: ParallelDims, model: ModelConfig | None, seq_lens: Sequence[int]) -> Iterator[str]:
+    """The divisibility rules that do not hold, each with its values."""
+    for seq_len in seq_lens:
+        piece, rest = divmod(seq_len, dims.context)
+        if rest:
+            yield f"parallel.context={dims.context} does not divide the row length {seq_len}"
+        elif dims.sequence_parallel and piece % dims.tensor:
+            yield (
+                f"parallel.sequence_parallel: parallel.tensor={dims.tensor} does not divide the {piece} tokens of a "
+                f"piece (row length {seq_len} / parallel.context {dims.context})"
+            )
+    if model is not None and dims.tensor > 1:
+        yield from _tensor_problems(dims.tensor, model)
+
+
+def _tensor_problems(tensor: int, model: ModelConfig) -> Iterator[str]:
+    width, name = model.width, f"parallel.tensor={tensor}"
+    sizes = {"model.mlp.hidden": model.mlp.hidden_size(width)}
+    for mixer in dict.fromkeys(model.mixers):
+        for key, size in _divided_sizes(model.mixer_config(mixer), width):
+            sizes[f"model.{mixer}.{key}"] = size
+    for key, size in sizes.items():
+        # Key and value heads fewer than ranks are held whole, each rank reading the one its queries share.
+        shared = key.endswith("kv_heads") and tensor % size == 0
+        if size % tensor and not shared:
+            yield f"{name} does not divide {key}={size}"
+    if 0 < model.vocab_size <= (tensor - 1) * -(-model.vocab_size // tensor):
+        yield f"{name} leaves a rank no row of a vocabulary of {model.vocab_size}"
+
+
+def _divided_sizes(options: MixerConfig, width: int) -> Iterator[tuple[str, int]]:
+    """The sizes of a mixer that are dealt to tensor ranks."""
+    if isinstance(options, RGLRUConfig):
+        yield "gate_blocks", options.gate_blocks
+    if isinstance(options, ShortConvConfig):
+        yield "width", options.channels(width)
+    if isinstance(options, HeadsConfig):
+        yield "heads", options.query_heads(width)
+    if isinstance(options, AttentionConfig):
+        yield "kv_heads", options.key_heads(width)
+
+
+def _remedy(dims: ParallelDims, world_size: int | None, model: ModelConfig | None, seq_lens: Sequence[int]) -> str:
+    """The layout nearest to `dims`, of as many ranks where that is known, that keeps every rule."""
+    found = min(
+        (other for other in _layouts(dims, world_size) if not any(_problems(other, model, seq_lens))),
+        key=lambda other: sum(abs(math.log(getattr(other, axis) / getattr(dims, axis))) for axis in _AXES),
+    )
+    return f"the nearest layout that works is {', '.join(f'parallel.{a}={getattr(found, a)}' for a in _AXES[:3])}"
+
+
+def _layouts(dims: ParallelDims, world_size: int | None) -> Iterator[ParallelDims]:
+    """Layouts of at most the size of `dims` along context and tensor; 1 x 1, which breaks no rule, is among them."""
+    for context, tensor in itertools.product(range(1, dims.context + 1), range(1, dims.tensor + 1)):
+        size = context * tensor * dims.pipeline
+        data, rest = divmod(world_size or dims.data * size, size)
+        if data and not rest:
+            sequence_parallel = dims.sequence_parallel and tensor > 1
+            yield replace(dims, data=data, context=context, tensor=tensor, sequence_parallel=sequence_parallel)

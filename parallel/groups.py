@@ -1,10 +1,15 @@
-"""Process groups: how the ranks of a run find each other, and how they part."""
+"""Process groups: how the ranks of a run find each other, which of them share an axis, and how they part."""
 
 from __future__ import annotations
 
+import importlib
+import math
 import os
 import socket
+import sys
+import warnings
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,6 +19,7 @@ import torch.distributed as dist
 from torch.distributed import FileStore, HashStore, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from ..errors import UserError
+from .dims import ParallelDims
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -56,6 +62,9 @@ def init_process_group(
 
 def destroy_process_group() -> None:
     """Leaves the default process group and every group made from it; does nothing where none stands."""
+    megatron: Any = sys.modules.get("megatron.core.parallel_state")
+    if megatron is not None:
+        megatron.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -68,6 +77,74 @@ def process_group(**options):
         yield
     finally:
         destroy_process_group()
+
+
+@dataclass(frozen=True)
+class LayoutGroups:
+    """The groups this rank is in; None where there is but one rank.
+
+    Attributes:
+        tensor: the ranks that share this rank's layers, in the order of their boxes.
+        context: the ranks that share this rank's rows, in the order of their pieces.
+        copies: the ranks that hold the same box of every parameter, data x context: they sum gradients.
+    """
+
+    tensor: dist.ProcessGroup | None = None
+    context: dist.ProcessGroup | None = None
+    copies: dist.ProcessGroup | None = None
+
+
+def layout_groups(dims: ParallelDims) -> LayoutGroups:
+    """Returns the groups of the layout, made by Megatron at the first call inside the default group; collective.
+
+    Tensor ranks lie next to each other, then context, then data ranks: a replica's are consecutive.
+    """
+    if dims.replica_size == 1:
+        return LayoutGroups(copies=dist.group.WORLD if dims.data > 1 else None)
+    parallel_state = megatron()
+    if not _stands(parallel_state, dims):
+        _make_groups(parallel_state, dims)
+    copies = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    return LayoutGroups(
+        parallel_state.get_tensor_model_parallel_group() if dims.tensor > 1 else None,
+        parallel_state.get_context_parallel_group() if dims.context > 1 else None,
+        copies if dims.data * dims.context > 1 else None,
+    )
+
+
+def megatron() -> Any:
+    """Returns Megatron's parallel_state, and imports all of Megatron quietly: it warns of each optional package."""
+    # Megatron gathers by names that torch renames; the warning would come once a rank.
+    warnings.filterwarnings("ignore", "`torch.distributed.(all_gather_into|reduce_scatter)_tensor` is deprecated")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return importlib.import_module("megatron.core.parallel_state")
+
+
+def _stands(state: Any, dims: ParallelDims) -> bool:
+    """Whether Megatron's groups are those of this layout."""
+    if not state.model_parallel_is_initialized():
+        return False
+    sizes = (state.get_tensor_model_parallel_world_size(), state.get_context_parallel_world_size())
+    return sizes == (dims.tensor, dims.context)
+
+
+def _make_groups(state: Any, dims: ParallelDims) -> None:
+    from .megatron_cpu import serve_cpu
+
+    assert dist.is_initialized(), f"{dims} needs a process group of {dims.world_size} ranks"
+    state.destroy_model_parallel()
+    world: Any = dist.group.WORLD
+    on_cpu = dist.get_backend() == "gloo"
+    if on_cpu:
+        serve_cpu()
+    options = world._get_backend(torch.device("cpu" if on_cpu else "cuda")).options
+    state.initialize_model_parallel(
+        tensor_model_parallel_size=dims.tensor,
+        context_parallel_size=dims.context,
+        create_gloo_process_groups=False,
+        distributed_timeout_minutes=max(1, math.ceil(options._timeout.total_seconds() / 60)),
+    )
 
 
 def _make_store(rank: int, world_size: int, store: str | Path | None, address: str | None, timeout: timedelta) -> Store:

@@ -38,17 +38,18 @@ class OptimizerOptions:
 
 @dataclass(frozen=True)
 class Fragment:
-    """Elements `start` to `start + data.numel()` of a logical tensor, row-major, as they lie on this rank.
+    """Elements `start` to `start + data.numel()`, row-major, of a box of a logical tensor, as they lie on this rank.
 
     Attributes:
         name: "weight/<parameter>", "exp_avg/<parameter>" or "exp_avg_sq/<parameter>".
-        shape: the whole logical tensor's.
-        start: the first element held.
+        offsets, sizes: the box of the logical tensor that the rank's parameter is.
+        start: the first element held, counted in the box.
         data: fp32, flat, the live memory: writing into it sets the state.
     """
 
     name: str
-    shape: tuple[int, ...]
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
     start: int
     data: Tensor
 
@@ -75,6 +76,7 @@ def make_adamw(groups: list[dict[str, Any]], options: OptimizerOptions) -> torch
 class FlatAdamW:
     """What both stages share: AdamW over one flat fp32 tensor a group, whose state exists from the start."""
 
+    model: LanguageModel
     optimizer: torch.optim.AdamW
     masters: list[Tensor]
 
@@ -104,9 +106,10 @@ class FlatAdamW:
             self.optimizer.state[master]["step"].fill_(count)
 
     def fragments_of(
-        self, master: Tensor, name: str, shape: torch.Size, start: int, begin: int, count: int
+        self, master: Tensor, name: str, parameter: Tensor, start: int, begin: int, count: int
     ) -> Iterator[Fragment]:
-        """The weight and moments of one parameter's elements, which lie at `begin` of `master`."""
-        state = self.optimizer.state[master]
+        """The weight and moments of `count` elements of a parameter from `start`, which lie at `begin` of `master`."""
+        state, offsets = self.optimizer.state[master], self.model.backend.logical(name, parameter).offsets
         for kind, flat in ((WEIGHT, master.detach()), *((moment, state[moment]) for moment in MOMENTS)):
-            yield Fragment(f"{kind}/{name}", tuple(shape), start, flat.narrow(0, begin, count))
+            held = flat.narrow(0, begin, count)
+            yield Fragment(f"{kind}/{name}", offsets, tuple(parameter.shape), start, held)

@@ -1,4 +1,4 @@
-"""ZeRO stage 0: every replica holds all masters and moments and does the same arithmetic.
+"""ZeRO stage 0: every rank holds all masters and moments of its parameters, and copies do the same arithmetic.
 
 Plain torch. DeepSpeed's stage 0 has neither fp32 masters nor fp32 accumulation under bf16, and takes a step with
 whatever gradient norm it finds.
@@ -8,29 +8,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..data.batch import Batch
+from ..models.norm import wide
+from .gradients import Gradients
+from .groups import LayoutGroups
 from .loss import LossModule
 from .optimizer import FlatAdamW, Fragment, OptimizerOptions, make_adamw, parameter_groups
-
-if TYPE_CHECKING:
-    from ..models import LanguageModel
 
 
 class ReplicatedAdamW(FlatAdamW):
     """Steps the model from whole masters; a norm that is not finite is refused on every rank, without a trace."""
 
-    def __init__(self, model: LanguageModel, options: OptimizerOptions, precision: str, device: torch.device):
-        self._loss = LossModule(model)
-        self._clip = options.clip
-        self._names = {parameter: name for name, parameter in model.named_parameters()}
-        groups = parameter_groups(model, options)
-        self._members = [group["params"] for group in groups]
+    def __init__(
+        self, loss: LossModule, options: OptimizerOptions, precision: str, device: torch.device, ranks: LayoutGroups
+    ):
+        self._loss, self.model, self._clip = loss, loss.model, options.clip
+        self._names = {parameter: name for name, parameter in self.model.named_parameters()}
+        groups = parameter_groups(self.model, options)
+        self._gradients = Gradients(self.model, ranks)
+        self._members = [self._gradients.arrange(group["params"]) for group in groups]
         self.masters = [_flat_master(members) for members in self._members]
         self._grads = [torch.zeros_like(master) for master in self.masters]
         self._low_precision = precision == "bf16"
@@ -74,12 +75,8 @@ class ReplicatedAdamW(FlatAdamW):
     def step(self, rate: float) -> float:
         """Takes the update and returns the global gradient norm before clipping; not finite: nothing but it changed."""
         self._check_gradients()
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            for grad in self._grads:
-                dist.all_reduce(grad)
-        # In fp32 the sum over a million elements is off by 1e-4 on a CPU.
-        norms = [torch.linalg.vector_norm(grad, dtype=torch.float64) for grad in self._grads]
-        norm = torch.linalg.vector_norm(torch.stack(norms)).item()
+        self._gradients.sum_(self._grads)
+        norm = self._gradients.norm(self._grads)
         if math.isfinite(norm):
             self._apply(rate, norm)
         self.discard()
@@ -115,13 +112,13 @@ class ReplicatedAdamW(FlatAdamW):
                 parameter.copy_(weight)
 
     def fragments(self) -> list[Fragment]:
-        """Returns every logical tensor, whole."""
+        """Returns all this rank holds of every logical tensor: the whole of it, or its tensor rank's box."""
         found = []
         for members, master in zip(self._members, self.masters, strict=True):
             begin = 0
             for parameter in members:
                 name, count = self._names[parameter], parameter.numel()
-                found += self.fragments_of(master, name, parameter.shape, 0, begin, count)
+                found += self.fragments_of(master, name, parameter, 0, begin, count)
                 begin += count
         return found
 
@@ -134,7 +131,8 @@ class ReplicatedAdamW(FlatAdamW):
 
 
 def _flat_master(members: list[nn.Parameter]) -> Tensor:
-    return torch.cat([parameter.detach().float().flatten() for parameter in members])
+    """fp32, and fp64 for an fp64 model."""
+    return torch.cat([wide(parameter.detach()).flatten() for parameter in members])
 
 
 def _move_gradient(target: Tensor):

@@ -19,6 +19,7 @@ ALLOWED = {
 # Where alone a library may be imported: a folder, or a pattern under the root.
 OWNERS = {
     "triton": "kernels/*/kernel.py",
+    "liger_kernel": "models/fused.py",
     "megatron": "parallel/**/*.py",
     "deepspeed": "parallel/**/*.py",
     "ray": "launcher/**/*.py",

@@ -12,13 +12,11 @@ it, which the tile before publishes as soon as it has its own. So a state crosse
 the other, about a microsecond each, beside the loads and stores of all the others. Every fold has one fixed order, so
 bits repeat.
 
-Programs are persistent. They take tickets for tiles, the first tiles of all channels before the second ones, and load
-the tile of the next ticket while they walk the present one. A tile that is waited for is always in work: of all the
-tickets taken the lowest is some program's present one.
+A program takes a ticket for its tile, the first tiles of all channels before the second ones, so the tile it waits for
+is always done or in work.
 
 A pair is one 64-bit word a channel whose sign bit, spare since factors are >= 0, says that it is there: data and flag
-arrive together and need no fence. 16 channels are one 32-byte sector of a token in bf16; the neighbours' sectors meet
-in L2.
+arrive together and need no fence.
 
 The adjoint is the same scan over mirrored tokens. Tokens beyond the end have factor 1 and input 0.
 
@@ -46,37 +44,39 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 # The word of (1, 0), there.
 IDENTITY = tl.constexpr((0x3F800000 << 32) - 2**63)
-# Steps whose document starts are loaded together, at least a tile's.
-SPAN = tl.constexpr(16)
 HIGH_BIT = tl.constexpr(-(2**31))
 LOW_BITS = tl.constexpr(2**31 - 1)
 
 
 @dataclass(frozen=True)
 class Tile:
-    """`rows` stretches of `steps` tokens by `block` channels, walked by `warps`; `programs` of them to an SM."""
+    """`rows` stretches of `steps` tokens by `block` channels, walked by `warps` of at most so many `registers`."""
 
     rows: int
     steps: int
     block: int
     warps: int
-    programs: int
+    registers: int | None = None
+
+    def count(self, tokens: int) -> int:
+        """Tiles of a row."""
+        return -(-tokens // (self.rows * self.steps))
 
 
-FORWARD = Tile(rows=16, steps=16, block=16, warps=4, programs=3)
-BACKWARD = Tile(rows=16, steps=16, block=16, warps=4, programs=2)
+# For rows of more than LONG tokens, and up to it: then the chain is short enough for smaller tiles of whole 128-byte
+# lines. The fastest of those that benchmarks.kernels_scans times on an H100.
+LONG = 8192
+FORWARD = Tile(rows=16, steps=16, block=32, warps=8), Tile(rows=8, steps=16, block=64, warps=8)
+BACKWARD = Tile(rows=16, steps=16, block=32, warps=8), Tile(rows=8, steps=16, block=64, warps=8)
 
 
 @triton.jit
-def take(counter):
-    """The next ticket."""
-    return tl.atomic_add(counter, 1, sem="relaxed").to(tl.int32)
-
-
-@triton.jit
-def place(ticket, batch, tokens, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr):
-    """(tile in the order walked, row, o_d, tokens of the row from the tile on) of a ticket."""
+def place(p_words, batch, tokens, tiles, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr):
+    """(tile in the order walked, row, o_d, tokens of the row from the tile on) by the next ticket."""
     columns: tl.constexpr = (WIDTH + BLOCK_D - 1) // BLOCK_D
+    # A size that is 1 arrives as a constant, which has no methods, so the product starts from a tensor.
+    counter = p_words + tl.full((), WIDTH, tl.int64) * batch * tiles
+    ticket = tl.atomic_add(counter, 1, sem="relaxed").to(tl.int32)
     i_tile = ticket // (columns * batch)
     rest = ticket % (columns * batch)
     o_d = rest % columns * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -104,25 +104,14 @@ def steps_of(
 
 @triton.jit
 def resets_of(pointer, at, left, SIGN: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr):
-    """Whether a tile's tokens [ROWS, SPAN] begin documents, as bytes; zeros for None."""
-    b = tl.zeros([ROWS, SPAN], tl.uint8)
+    """Whether a tile's tokens begin documents, [ROWS, 1] a step; () for None."""
+    blocks = ()
     if pointer is not None:
-        o_step = tl.arange(0, SPAN)[None, :]
-        o_t = (tl.arange(0, ROWS) * STEPS)[:, None] + o_step
-        b = tl.load(pointer + at + SIGN * o_t, mask=(o_t < left) & (o_step < STEPS), other=0)
-    return b
-
-
-@triton.jit
-def bits_of(b_resets):
-    """[ROWS] of 32-bit words: bit s is set where step s begins a document."""
-    return tl.sum((b_resets != 0).to(tl.int32) << tl.arange(0, SPAN)[None, :], 1)
-
-
-@triton.jit
-def begins(b_bits, step):
-    """[ROWS, 1]: whether a step begins a document."""
-    return ((b_bits >> step) & 1)[:, None] != 0
+        o_t = tl.arange(0, ROWS) * STEPS
+        for step in tl.static_range(STEPS):
+            b = tl.load(pointer + at + SIGN * (o_t + step), mask=o_t + step < left, other=0)
+            blocks += ((b != 0)[:, None],)
+    return blocks
 
 
 @triton.jit
@@ -220,41 +209,28 @@ def _forward(
     STEPS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    TILE: tl.constexpr = ROWS * STEPS
-    counter = p_words + tl.full((), WIDTH, tl.int64) * batch * tiles
-    i_tile, i_row, o_d, left = place(take(counter), batch, tokens, WIDTH, BLOCK_D, TILE)
-    at = i_row * tokens + i_tile * TILE
+    i_tile, i_row, o_d, left = place(p_words, batch, tokens, tiles, WIDTH, BLOCK_D, ROWS * STEPS)
+    at = i_row * tokens + i_tile * (ROWS * STEPS)
     xs = steps_of(p_x, at, o_d, left, 0.0, 1, WIDTH, ROWS, STEPS)
     logs = steps_of(p_log_a, at, o_d, left, 0.0, 1, WIDTH, ROWS, STEPS)
-    b_resets = resets_of(p_resets, at, left, 1, ROWS, STEPS)
-    ticket = take(counter)
-    while i_tile < tiles:
-        next_tile, next_row, next_d, next_left = place(ticket, batch, tokens, WIDTH, BLOCK_D, TILE)
-        next_at = next_row * tokens + next_tile * TILE
-        next_xs = steps_of(p_x, next_at, next_d, next_left, 0.0, 1, WIDTH, ROWS, STEPS)
-        next_logs = steps_of(p_log_a, next_at, next_d, next_left, 0.0, 1, WIDTH, ROWS, STEPS)
-        b_next_resets = resets_of(p_resets, next_at, next_left, 1, ROWS, STEPS)
-        ticket = take(counter)
-        b_decay = tl.full([ROWS, BLOCK_D], 1.0, tl.float32)
-        b_h = tl.zeros([ROWS, BLOCK_D], tl.float32)
-        factors = ()
-        b_bits = bits_of(b_resets)
+    resets = resets_of(p_resets, at, left, 1, ROWS, STEPS)
+    b_decay = tl.full([ROWS, BLOCK_D], 1.0, tl.float32)
+    b_h = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    factors = ()
+    for step in tl.static_range(STEPS):
+        b_a = tl.exp2(logs[step].to(tl.float32) * LOG2_E)
+        if p_resets is not None:
+            b_a = tl.where(resets[step], 0.0, b_a)
+        b_decay *= b_a
+        b_h = b_a * b_h + xs[step].to(tl.float32)
+        factors += (b_a,)
+    b_h, b_decay, b_final = fold(p_words, p_initial, b_decay, b_h, i_tile, tiles, i_row, o_d, WIDTH, ROWS)
+    put_last(p_final, b_final, i_row, o_d, i_tile + 1 == tiles, WIDTH, ROWS)
+    put_last(p_transition, b_decay, i_row, o_d, i_tile + 1 == tiles, WIDTH, ROWS)
+    if p_h is not None:
         for step in tl.static_range(STEPS):
-            b_a = tl.exp2(logs[step].to(tl.float32) * LOG2_E)
-            if p_resets is not None:
-                b_a = tl.where(begins(b_bits, step), 0.0, b_a)
-            b_decay *= b_a
-            b_h = b_a * b_h + xs[step].to(tl.float32)
-            factors += (b_a,)
-        b_h, b_decay, b_final = fold(p_words, p_initial, b_decay, b_h, i_tile, tiles, i_row, o_d, WIDTH, ROWS)
-        put_last(p_final, b_final, i_row, o_d, i_tile + 1 == tiles, WIDTH, ROWS)
-        put_last(p_transition, b_decay, i_row, o_d, i_tile + 1 == tiles, WIDTH, ROWS)
-        if p_h is not None:
-            for step in tl.static_range(STEPS):
-                b_h = factors[step] * b_h + xs[step].to(tl.float32)
-                put(p_h, b_h, step, at, o_d, left, 1, WIDTH, ROWS, STEPS)
-        xs, logs, b_resets = next_xs, next_logs, b_next_resets
-        i_tile, i_row, o_d, left, at = next_tile, next_row, next_d, next_left, next_at
+            b_h = factors[step] * b_h + xs[step].to(tl.float32)
+            put(p_h, b_h, step, at, o_d, left, 1, WIDTH, ROWS, STEPS)
 
 
 @triton.jit
@@ -279,53 +255,39 @@ def _backward(
     BLOCK_D: tl.constexpr,
 ):
     """From the last token to the first: dx_t = dh_t + g_{t+1}, g_t = a_t dx_t, the gradient that enters h_{t-1}."""
-    TILE: tl.constexpr = ROWS * STEPS
     o_t = tl.arange(0, ROWS) * STEPS
-    counter = p_words + tl.full((), WIDTH, tl.int64) * batch * tiles
-    i_tile, i_row, o_d, left = place(take(counter), batch, tokens, WIDTH, BLOCK_D, TILE)
+    i_tile, i_row, o_d, left = place(p_words, batch, tokens, tiles, WIDTH, BLOCK_D, ROWS * STEPS)
     at = i_row * tokens + left - 1
     dhs = steps_of(p_dh, at, o_d, left, 0.0, -1, WIDTH, ROWS, STEPS)
     logs = steps_of(p_log_a, at, o_d, left, 0.0, -1, WIDTH, ROWS, STEPS)
     befores = steps_of(p_h, at - 1, o_d, left - 1, 0.0, -1, WIDTH, ROWS, STEPS)
-    b_resets = resets_of(p_resets, at, left, -1, ROWS, STEPS)
-    ticket = take(counter)
-    while i_tile < tiles:
-        next_tile, next_row, next_d, next_left = place(ticket, batch, tokens, WIDTH, BLOCK_D, TILE)
-        next_at = next_row * tokens + next_left - 1
-        next_dhs = steps_of(p_dh, next_at, next_d, next_left, 0.0, -1, WIDTH, ROWS, STEPS)
-        next_logs = steps_of(p_log_a, next_at, next_d, next_left, 0.0, -1, WIDTH, ROWS, STEPS)
-        next_befores = steps_of(p_h, next_at - 1, next_d, next_left - 1, 0.0, -1, WIDTH, ROWS, STEPS)
-        b_next_resets = resets_of(p_resets, next_at, next_left, -1, ROWS, STEPS)
-        ticket = take(counter)
-        b_decay = tl.full([ROWS, BLOCK_D], 1.0, tl.float32)
-        b_g = tl.zeros([ROWS, BLOCK_D], tl.float32)
-        factors = ()
-        b_bits = bits_of(b_resets)
-        for step in tl.static_range(STEPS):
-            b_a = tl.exp2(logs[step].to(tl.float32) * LOG2_E)
-            if p_resets is not None:
-                b_a = tl.where(begins(b_bits, step), 0.0, b_a)
-            b_decay *= b_a
-            if p_dh is not None:
-                b_g += dhs[step].to(tl.float32)
-            b_g *= b_a
-            factors += (b_a,)
-        b_g, _, b_dinitial = fold(p_words, p_dfinal, b_decay, b_g, i_tile, tiles, i_row, o_d, WIDTH, ROWS)
-        put_last(p_dinitial, b_dinitial, i_row, o_d, i_tile + 1 == tiles, WIDTH, ROWS)
-        b_initial = vector(p_initial, i_row, o_d, i_tile + 1 == tiles, WIDTH)
-        b_extra = vector(p_extra, i_row, o_d, i_tile < tiles, WIDTH)
-        for step in tl.static_range(STEPS):
-            b_dx = b_g
-            if p_dh is not None:
-                b_dx += dhs[step].to(tl.float32)
-            b_g = factors[step] * b_dx
-            b_before = befores[step].to(tl.float32)
-            if p_initial is not None:
-                b_before = tl.where((o_t + step == left - 1)[:, None], b_initial, b_before)
-            put(p_dx, b_dx, step, at, o_d, left, -1, WIDTH, ROWS, STEPS)
-            put(p_dlog_a, b_g * b_before + b_extra, step, at, o_d, left, -1, WIDTH, ROWS, STEPS)
-        dhs, logs, befores, b_resets = next_dhs, next_logs, next_befores, b_next_resets
-        i_tile, i_row, o_d, left, at = next_tile, next_row, next_d, next_left, next_at
+    resets = resets_of(p_resets, at, left, -1, ROWS, STEPS)
+    b_decay = tl.full([ROWS, BLOCK_D], 1.0, tl.float32)
+    b_g = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    factors = ()
+    for step in tl.static_range(STEPS):
+        b_a = tl.exp2(logs[step].to(tl.float32) * LOG2_E)
+        if p_resets is not None:
+            b_a = tl.where(resets[step], 0.0, b_a)
+        b_decay *= b_a
+        if p_dh is not None:
+            b_g += dhs[step].to(tl.float32)
+        b_g *= b_a
+        factors += (b_a,)
+    b_g, _, b_dinitial = fold(p_words, p_dfinal, b_decay, b_g, i_tile, tiles, i_row, o_d, WIDTH, ROWS)
+    put_last(p_dinitial, b_dinitial, i_row, o_d, i_tile + 1 == tiles, WIDTH, ROWS)
+    b_initial = vector(p_initial, i_row, o_d, i_tile + 1 == tiles, WIDTH)
+    b_extra = vector(p_extra, i_row, o_d, i_tile < tiles, WIDTH)
+    for step in tl.static_range(STEPS):
+        b_dx = b_g
+        if p_dh is not None:
+            b_dx += dhs[step].to(tl.float32)
+        b_g = factors[step] * b_dx
+        b_before = befores[step].to(tl.float32)
+        if p_initial is not None:
+            b_before = tl.where((o_t + step == left - 1)[:, None], b_initial, b_before)
+        put(p_dx, b_dx, step, at, o_d, left, -1, WIDTH, ROWS, STEPS)
+        put(p_dlog_a, b_g * b_before + b_extra, step, at, o_d, left, -1, WIDTH, ROWS, STEPS)
 
 
 def forward(x: Tensor, log_a: Tensor, initial: Tensor | None, resets: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -360,22 +322,24 @@ def summarize(x: Tensor, log_a: Tensor, resets: Tensor | None) -> tuple[Tensor, 
     return state, transition
 
 
-def launch(kernel: Any, tile: Tile, like: Tensor, *arguments: Tensor | None) -> None:
+def launch(kernel: Any, tiles: tuple[Tile, Tile], like: Tensor, *arguments: Tensor | None) -> None:
     """Runs a pass over [B, T, D] of `like`, on its GPU."""
     batch, tokens, width = like.shape
+    tile = choose(tiles, tokens)
     block = min(tile.block, max(16, 1 << (width - 1).bit_length()))
-    tiles = -(-tokens // (tile.rows * tile.steps))
+    count = tile.count(tokens)
     # The pairs that tiles publish, none there yet, and after them the counter of tickets.
-    words = torch.zeros(batch * tiles * width + 1, dtype=torch.int64, device=like.device)
-    programs = min(batch * tiles * -(-width // block), tile.programs * _multiprocessors(like.device))
+    words = torch.zeros(batch * count * width + 1, dtype=torch.int64, device=like.device)
     sizes = {"ROWS": tile.rows, "STEPS": tile.steps, "BLOCK_D": block, "num_warps": tile.warps}
+    if tile.registers and like.is_cuda:
+        sizes["maxnreg"] = tile.registers
     with on(like):
-        kernel[(programs,)](*arguments, words, batch, tokens, tiles, WIDTH=width, **sizes)
+        kernel[(batch * count * -(-width // block),)](*arguments, words, batch, tokens, count, WIDTH=width, **sizes)
 
 
-def _multiprocessors(device: torch.device) -> int:
-    """Of the GPU; the interpreter runs one program after the other."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+def choose(tiles: tuple[Tile, Tile], tokens: int) -> Tile:
+    """The tile for rows of so many tokens, of (long rows', short rows')."""
+    return tiles[tokens <= LONG]
 
 
 def on(tensor: Tensor) -> contextlib.AbstractContextManager:

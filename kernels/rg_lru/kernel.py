@@ -19,8 +19,7 @@ from torch import Tensor
 from ..linear_scan.kernel import (
     LOG2_E,
     Tile,
-    begins,
-    bits_of,
+    choose,
     fold,
     launch,
     on,
@@ -31,7 +30,6 @@ from ..linear_scan.kernel import (
     put_last,
     resets_of,
     steps_of,
-    take,
     vector,
 )
 from .reference import DECAY_SCALE, SQRT_GUARD
@@ -43,8 +41,8 @@ LIMIT = tl.constexpr(48.0)
 # A recurrence gate so far closed that the factor is 1.
 CLOSED = tl.constexpr(-48.0)
 
-FORWARD = Tile(rows=16, steps=16, block=16, warps=4, programs=2)
-BACKWARD = Tile(rows=16, steps=8, block=16, warps=4, programs=2)
+FORWARD = (Tile(rows=16, steps=8, block=32, warps=8, registers=64),) * 2
+BACKWARD = (Tile(rows=16, steps=8, block=32, warps=8, registers=128),) * 2
 
 
 @triton.jit
@@ -58,18 +56,21 @@ def _sigmoids(one, two):
 
 
 @triton.jit
-def _factor(log2_a):
-    """(a, 1 - a^2) of a = 2^log2_a <= 1, the second to 5e-7 of itself.
+def _factor(log2_a, WIDE: tl.constexpr):
+    """(a, 1 - a^2) of a = 2^log2_a <= 1, the second to 5e-7 of itself where WIDE, else to 4e-5.
 
     Where the difference would cancel it is the Taylor polynomial of 1 - e^z, z = 2 ln(2) log2_a, whose powers of
     2 ln(2) are in the coefficients.
     """
     a = tl.exp2(log2_a)
-    near = -0.153890066 + log2_a * -0.0426673861
-    near = -0.444032869 + log2_a * near
-    near = -0.960906028 + log2_a * near
-    near = (-1.38629436 + log2_a * near) * log2_a
-    return a, tl.where(log2_a > -0.09, near, 1.0 - a * a)
+    if WIDE:
+        near = -0.153890066 + log2_a * -0.0426673861
+        near = -0.444032869 + log2_a * near
+        near = -0.960906028 + log2_a * near
+        near = (-1.38629436 + log2_a * near) * log2_a
+        return a, tl.where(log2_a > -0.09, near, 1.0 - a * a)
+    near = (-1.38629436 + log2_a * -0.960906028) * log2_a
+    return a, tl.where(log2_a > -0.01, near, 1.0 - a * a)
 
 
 @triton.jit
@@ -108,48 +109,35 @@ def _forward(
     STEPS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    TILE: tl.constexpr = ROWS * STEPS
-    counter = p_words + tl.full((), WIDTH, tl.int64) * batch * tiles
-    i_tile, i_row, o_d, left = place(take(counter), batch, tokens, WIDTH, BLOCK_D, TILE)
-    at = i_row * tokens + i_tile * TILE
+    WIDE: tl.constexpr = p_x.dtype.element_ty.primitive_bitwidth == 32
+    i_tile, i_row, o_d, left = place(p_words, batch, tokens, tiles, WIDTH, BLOCK_D, ROWS * STEPS)
+    at = i_row * tokens + i_tile * (ROWS * STEPS)
     gates_a = steps_of(p_gate_a, at, o_d, left, CLOSED, 1, WIDTH, ROWS, STEPS)
     gates_x = steps_of(p_gate_x, at, o_d, left, 0.0, 1, WIDTH, ROWS, STEPS)
     xs = steps_of(p_x, at, o_d, left, 0.0, 1, WIDTH, ROWS, STEPS)
-    b_resets = resets_of(p_resets, at, left, 1, ROWS, STEPS)
-    ticket = take(counter)
-    while i_tile < tiles:
-        next_tile, next_row, next_d, next_left = place(ticket, batch, tokens, WIDTH, BLOCK_D, TILE)
-        next_at = next_row * tokens + next_tile * TILE
-        next_gates_a = steps_of(p_gate_a, next_at, next_d, next_left, CLOSED, 1, WIDTH, ROWS, STEPS)
-        next_gates_x = steps_of(p_gate_x, next_at, next_d, next_left, 0.0, 1, WIDTH, ROWS, STEPS)
-        next_xs = steps_of(p_x, next_at, next_d, next_left, 0.0, 1, WIDTH, ROWS, STEPS)
-        b_next_resets = resets_of(p_resets, next_at, next_left, 1, ROWS, STEPS)
-        ticket = take(counter)
-        b_log2_rate = _rate(p_a_param, o_d, WIDTH) * LOG2_E
-        b_bits = bits_of(b_resets)
-        b_decay = tl.full([ROWS, BLOCK_D], 1.0, tl.float32)
-        b_h = tl.zeros([ROWS, BLOCK_D], tl.float32)
-        factors, inputs = (), ()
+    resets = resets_of(p_resets, at, left, 1, ROWS, STEPS)
+    b_log2_rate = _rate(p_a_param, o_d, WIDTH) * LOG2_E
+    b_decay = tl.full([ROWS, BLOCK_D], 1.0, tl.float32)
+    b_h = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    factors, inputs = (), ()
+    for step in tl.static_range(STEPS):
+        b_r, b_i = _sigmoids(gates_a[step].to(tl.float32), gates_x[step].to(tl.float32))
+        b_a, b_square = _factor(b_log2_rate * b_r, WIDE)
+        if p_resets is not None:
+            b_a = tl.where(resets[step], 0.0, b_a)
+            b_square = tl.where(resets[step], 1.0, b_square)
+        b_u = tl.sqrt(b_square) * b_i * xs[step].to(tl.float32)
+        b_decay *= b_a
+        b_h = b_a * b_h + b_u
+        factors += (b_a,)
+        inputs += (b_u,)
+    b_h, b_decay, b_final = fold(p_words, p_initial, b_decay, b_h, i_tile, tiles, i_row, o_d, WIDTH, ROWS)
+    put_last(p_final, b_final, i_row, o_d, i_tile + 1 == tiles, WIDTH, ROWS)
+    put_last(p_transition, b_decay, i_row, o_d, i_tile + 1 == tiles, WIDTH, ROWS)
+    if p_h is not None:
         for step in tl.static_range(STEPS):
-            b_r, b_i = _sigmoids(gates_a[step].to(tl.float32), gates_x[step].to(tl.float32))
-            b_a, b_square = _factor(b_log2_rate * b_r)
-            if p_resets is not None:
-                b_a = tl.where(begins(b_bits, step), 0.0, b_a)
-                b_square = tl.where(begins(b_bits, step), 1.0, b_square)
-            b_u = tl.sqrt(b_square) * b_i * xs[step].to(tl.float32)
-            b_decay *= b_a
-            b_h = b_a * b_h + b_u
-            factors += (b_a,)
-            inputs += (b_u,)
-        b_h, b_decay, b_final = fold(p_words, p_initial, b_decay, b_h, i_tile, tiles, i_row, o_d, WIDTH, ROWS)
-        put_last(p_final, b_final, i_row, o_d, i_tile + 1 == tiles, WIDTH, ROWS)
-        put_last(p_transition, b_decay, i_row, o_d, i_tile + 1 == tiles, WIDTH, ROWS)
-        if p_h is not None:
-            for step in tl.static_range(STEPS):
-                b_h = factors[step] * b_h + inputs[step]
-                put(p_h, b_h, step, at, o_d, left, 1, WIDTH, ROWS, STEPS)
-        gates_a, gates_x, xs, b_resets = next_gates_a, next_gates_x, next_xs, b_next_resets
-        i_tile, i_row, o_d, left, at = next_tile, next_row, next_d, next_left, next_at
+            b_h = factors[step] * b_h + inputs[step]
+            put(p_h, b_h, step, at, o_d, left, 1, WIDTH, ROWS, STEPS)
 
 
 @triton.jit
@@ -182,76 +170,60 @@ def _backward(
 
     The state walked is the gradient that token t + 1 hands to h_t. `p_drate` is [B, tiles, D].
     """
-    TILE: tl.constexpr = ROWS * STEPS
     o_t = tl.arange(0, ROWS) * STEPS
-    counter = p_words + tl.full((), WIDTH, tl.int64) * batch * tiles
-    i_tile, i_row, o_d, left = place(take(counter), batch, tokens, WIDTH, BLOCK_D, TILE)
+    WIDE: tl.constexpr = p_x.dtype.element_ty.primitive_bitwidth == 32
+    i_tile, i_row, o_d, left = place(p_words, batch, tokens, tiles, WIDTH, BLOCK_D, ROWS * STEPS)
     at = i_row * tokens + left - 1
     gates_a = steps_of(p_gate_a, at, o_d, left, CLOSED, -1, WIDTH, ROWS, STEPS)
     dhs = steps_of(p_dh, at, o_d, left, 0.0, -1, WIDTH, ROWS, STEPS)
     gates_x = steps_of(p_gate_x, at, o_d, left, 0.0, -1, WIDTH, ROWS, STEPS)
     xs = steps_of(p_x, at, o_d, left, 0.0, -1, WIDTH, ROWS, STEPS)
     befores = steps_of(p_h, at - 1, o_d, left - 1, 0.0, -1, WIDTH, ROWS, STEPS)
-    b_resets = resets_of(p_resets, at, left, -1, ROWS, STEPS)
-    ticket = take(counter)
-    while i_tile < tiles:
-        next_tile, next_row, next_d, next_left = place(ticket, batch, tokens, WIDTH, BLOCK_D, TILE)
-        next_at = next_row * tokens + next_left - 1
-        next_gates_a = steps_of(p_gate_a, next_at, next_d, next_left, CLOSED, -1, WIDTH, ROWS, STEPS)
-        next_dhs = steps_of(p_dh, next_at, next_d, next_left, 0.0, -1, WIDTH, ROWS, STEPS)
-        next_gates_x = steps_of(p_gate_x, next_at, next_d, next_left, 0.0, -1, WIDTH, ROWS, STEPS)
-        next_xs = steps_of(p_x, next_at, next_d, next_left, 0.0, -1, WIDTH, ROWS, STEPS)
-        next_befores = steps_of(p_h, next_at - 1, next_d, next_left - 1, 0.0, -1, WIDTH, ROWS, STEPS)
-        b_next_resets = resets_of(p_resets, next_at, next_left, -1, ROWS, STEPS)
-        ticket = take(counter)
-        b_rate = _rate(p_a_param, o_d, WIDTH)
-        b_bits = bits_of(b_resets)
-        b_decay = tl.full([ROWS, BLOCK_D], 1.0, tl.float32)
-        b_g = tl.zeros([ROWS, BLOCK_D], tl.float32)
-        factors, squares, opens, inlets = (), (), (), ()
-        for step in tl.static_range(STEPS):
-            b_r, b_i = _sigmoids(gates_a[step].to(tl.float32), gates_x[step].to(tl.float32))
-            b_a, b_square = _factor(b_rate * LOG2_E * b_r)
-            if p_resets is not None:
-                b_a = tl.where(begins(b_bits, step), 0.0, b_a)
-                b_square = tl.where(begins(b_bits, step), 1.0, b_square)
-            b_decay *= b_a
-            if p_dh is not None:
-                b_g += dhs[step].to(tl.float32)
-            b_g *= b_a
-            factors += (b_a,)
-            squares += (b_square,)
-            opens += (b_r,)
-            inlets += (b_i,)
-        b_g, _, b_dinitial = fold(p_words, p_dfinal, b_decay, b_g, i_tile, tiles, i_row, o_d, WIDTH, ROWS)
-        put_last(p_dinitial, b_dinitial, i_row, o_d, i_tile + 1 == tiles, WIDTH, ROWS)
-        b_initial = vector(p_initial, i_row, o_d, i_tile + 1 == tiles, WIDTH)
-        b_extra = vector(p_extra, i_row, o_d, i_tile < tiles, WIDTH)
-        b_drate = tl.zeros([ROWS, BLOCK_D], tl.float32)
-        for step in tl.static_range(STEPS):
-            b_du = b_g
-            if p_dh is not None:
-                b_du += dhs[step].to(tl.float32)
-            b_a, b_square, b_r, b_i = factors[step], squares[step], opens[step], inlets[step]
-            b_g = b_a * b_du
-            b_before = befores[step].to(tl.float32)
-            if p_initial is not None:
-                b_before = tl.where((o_t + step == left - 1)[:, None], b_initial, b_before)
-            b_into_x = b_du * b_i
-            b_dm = b_into_x * xs[step].to(tl.float32)
-            b_m = tl.sqrt(b_square)
-            b_slope = tl.rsqrt(tl.maximum(4.0 * b_square, GUARD))
-            b_dlog_a = b_g * b_before - 2.0 * b_a * b_a * b_slope * b_dm + b_extra
-            b_dr = b_dlog_a * b_r
-            b_drate += b_dr
-            put(p_dx, b_into_x * b_m, step, at, o_d, left, -1, WIDTH, ROWS, STEPS)
-            put(p_dgate_x, b_dm * b_m * (1.0 - b_i), step, at, o_d, left, -1, WIDTH, ROWS, STEPS)
-            put(p_dgate_a, b_dr * b_rate * (1.0 - b_r), step, at, o_d, left, -1, WIDTH, ROWS, STEPS)
-        p_sum = p_drate + (i_row * tiles + i_tile) * WIDTH + o_d
-        tl.store(p_sum, tl.sum(b_drate, 0), mask=o_d < WIDTH)
-        gates_a, dhs, gates_x, xs = next_gates_a, next_dhs, next_gates_x, next_xs
-        befores, b_resets = next_befores, b_next_resets
-        i_tile, i_row, o_d, left, at = next_tile, next_row, next_d, next_left, next_at
+    resets = resets_of(p_resets, at, left, -1, ROWS, STEPS)
+    b_rate = _rate(p_a_param, o_d, WIDTH)
+    b_decay = tl.full([ROWS, BLOCK_D], 1.0, tl.float32)
+    b_g = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    factors, squares, opens, inlets = (), (), (), ()
+    for step in tl.static_range(STEPS):
+        b_r, b_i = _sigmoids(gates_a[step].to(tl.float32), gates_x[step].to(tl.float32))
+        b_a, b_square = _factor(b_rate * LOG2_E * b_r, WIDE)
+        if p_resets is not None:
+            b_a = tl.where(resets[step], 0.0, b_a)
+            b_square = tl.where(resets[step], 1.0, b_square)
+        b_decay *= b_a
+        if p_dh is not None:
+            b_g += dhs[step].to(tl.float32)
+        b_g *= b_a
+        factors += (b_a,)
+        squares += (b_square,)
+        opens += (b_r,)
+        inlets += (b_i,)
+    b_g, _, b_dinitial = fold(p_words, p_dfinal, b_decay, b_g, i_tile, tiles, i_row, o_d, WIDTH, ROWS)
+    put_last(p_dinitial, b_dinitial, i_row, o_d, i_tile + 1 == tiles, WIDTH, ROWS)
+    b_initial = vector(p_initial, i_row, o_d, i_tile + 1 == tiles, WIDTH)
+    b_extra = vector(p_extra, i_row, o_d, i_tile < tiles, WIDTH)
+    b_drate = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    for step in tl.static_range(STEPS):
+        b_du = b_g
+        if p_dh is not None:
+            b_du += dhs[step].to(tl.float32)
+        b_a, b_square, b_r, b_i = factors[step], squares[step], opens[step], inlets[step]
+        b_g = b_a * b_du
+        b_before = befores[step].to(tl.float32)
+        if p_initial is not None:
+            b_before = tl.where((o_t + step == left - 1)[:, None], b_initial, b_before)
+        b_into_x = b_du * b_i
+        b_dm = b_into_x * xs[step].to(tl.float32)
+        b_m = tl.sqrt(b_square)
+        b_slope = tl.rsqrt(tl.maximum(4.0 * b_square, GUARD))
+        b_dlog_a = b_g * b_before - 2.0 * b_a * b_a * b_slope * b_dm + b_extra
+        b_dr = b_dlog_a * b_r
+        b_drate += b_dr
+        put(p_dx, b_into_x * b_m, step, at, o_d, left, -1, WIDTH, ROWS, STEPS)
+        put(p_dgate_x, b_dm * b_m * (1.0 - b_i), step, at, o_d, left, -1, WIDTH, ROWS, STEPS)
+        put(p_dgate_a, b_dr * b_rate * (1.0 - b_r), step, at, o_d, left, -1, WIDTH, ROWS, STEPS)
+    p_sum = p_drate + (i_row * tiles + i_tile) * WIDTH + o_d
+    tl.store(p_sum, tl.sum(b_drate, 0), mask=o_d < WIDTH)
 
 
 @triton.jit
@@ -307,7 +279,7 @@ def backward(
         dh, dfinal, extra, x, gate_a, gate_x, a_param, h, initial, resets
     )
     dx, dgate_a, dgate_x, da_param = (torch.empty_like(t) for t in (x, gate_a, gate_x, a_param))
-    tiles = triton.cdiv(x.shape[1], BACKWARD.rows * BACKWARD.steps)
+    tiles = choose(BACKWARD, x.shape[1]).count(x.shape[1])
     drate = torch.empty(x.shape[0] * tiles, x.shape[2], dtype=torch.float32, device=x.device)
     dinitial = per_row(x)
     inputs = (dh, dfinal, extra, x, gate_a, gate_x, a_param, resets, h, initial)

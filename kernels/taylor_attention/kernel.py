@@ -49,8 +49,8 @@ WARP_ROWS = 16
 REGISTERS: int | None = 128
 # Said aloud for the others, as ptxas by itself took 32 for a wide fp32 tile and spilled the rest.
 MOST_REGISTERS = 255
-STAGES = 2
-STATE_PART, STATE_WARPS, STATE_STAGES = 64, 4, 2
+STAGES = 3
+STATE_PART, STATE_WARPS, STATE_STAGES = 64, 4, 3
 STATE_REGISTERS: int | None = None
 # Programs of `_states` that fill a GPU of 132 SMs three times, two an SM.
 PROGRAMS = 768

@@ -78,7 +78,7 @@ def _python() -> Iterator[Finding]:
 
 
 def _packages() -> Iterator[Finding]:
-    for name in ("deepspeed", "megatron-core", "webdataset", "omegaconf", "tokenizers"):
+    for name in ("deepspeed", "liger-kernel", "megatron-core", "webdataset", "omegaconf", "tokenizers"):
         version = _version(name)
         yield name, OK if version else MISSING, version or f"not installed; pip install {name}"
 

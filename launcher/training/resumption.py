@@ -20,7 +20,7 @@ from ...parallel import ParallelDims
 from ...parallel.checkpoint import list_steps, read_manifest, step_folder
 from ..config import Config, differences, from_mapping
 from ..run_folder import RunFolder
-from ..validate import open_corpora, worker_count
+from ..validate import open_corpora, parallel_dims, worker_count
 from .rows import make_plan
 from .schedule import Step, TrainingSchedule
 
@@ -39,7 +39,7 @@ def check_resumes(config: Config, folder: RunFolder) -> None:
     else:
         return
     corpora, schedule = open_corpora(config), TrainingSchedule(config)
-    dims = ParallelDims(**{**asdict(config.parallel), "data": worker_count(config)})
+    dims = parallel_dims(config, worker_count(config))
     resumption = Resumption(config, corpora[0], make_plan(config, corpora, schedule), schedule, dims)
     resumption.check_tokenizer(str(path), meta)
     then = from_mapping(meta["config"])

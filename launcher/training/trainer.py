@@ -12,18 +12,18 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ...data import Batch, Corpus, Cursor, RowLoader
 from ...errors import UserError
-from ...models import LanguageModel, flops_per_token
-from ...parallel import Engine, OptimizerOptions, ParallelDims, process_group
+from ...models import LanguageModel, flops_per_token, num_params
+from ...parallel import Engine, OptimizerOptions, make_backend, process_group
 from ...parallel.checkpoint import Checkpointer, load_weights, rng_state, set_rng_state
 from ..config import Config
 from ..run_folder import RunFolder
-from ..validate import open_corpora
+from ..validate import open_corpora, parallel_dims
 from .guard import LossGuard
 from .metrics import Meter, MetricsWriter, bits_per_byte
 from .process import choose_device, choose_precision, prepare_process
@@ -79,7 +79,8 @@ class Trainer:
         self.schedule = TrainingSchedule(config)
         self.guard = LossGuard(config.run.max_loss_ratio)
         self.device = choose_device(config.run.device)
-        self.dims = ParallelDims(**{**asdict(config.parallel), "data": place.world})
+        self.dims = parallel_dims(config, place.world)
+        self.replica = place.rank // self.dims.replica_size
         self.last_step: Step | None = None
         self.last_checkpoint: str | None = None
 
@@ -122,7 +123,8 @@ class Trainer:
 
     def _make_engine(self, init_from: str | None) -> Engine:
         config, optimizer = self.config, self.config.optimizer
-        model = LanguageModel(config.model, implementation=config.run.implementation)
+        backend = make_backend(config.model, self.dims)
+        model = LanguageModel(config.model, backend, config.run.implementation)
         if init_from:
             self.resumption.check_tokenizer(init_from, load_weights(init_from, model).meta)
         else:
@@ -160,7 +162,7 @@ class Trainer:
         """Says what is about to be trained."""
         if not self.is_first:
             return
-        parameters = sum(p.numel() for p in self.engine.model.parameters())
+        parameters = num_params(self.config.model)
         tokens = sum(stage.rows_before(stage.steps) * stage.seq_len for stage in self.schedule.stages)
         end = Cursor(len(self.config.stages) - 1, self.schedule.stage_rows()[-1])
         epochs = ", ".join(f"{epoch:.2f}" for epoch in self.plan.epochs(end))
@@ -190,12 +192,12 @@ class Trainer:
         wanted = (
             (step.stage, rows)
             for step in self.schedule.steps(begin, stop_at)
-            for rows in step.micro_batches(self.place.rank, self.dims.data)
+            for rows in step.micro_batches(self.replica, self.dims.data)
         )
         self.meter.restart()
         with self.loader.prefetch(wanted, depth=PREFETCH) as batches:
             for step in self.schedule.steps(begin, stop_at):
-                mine = [next(batches) for _ in step.micro_batches(self.place.rank, self.dims.data)]
+                mine = [next(batches) for _ in step.micro_batches(self.replica, self.dims.data)]
                 sums = self._step(step, mine)
                 self._record(step, sums)
                 ending = sums.stop or step.number == stop_at
@@ -261,7 +263,7 @@ class Trainer:
         finished = ending and step.number == self.schedule.total_steps
         if not every or not self.validation.possible or not (step.number % every == 0 or finished):
             return
-        loss, nats = self.validation.score(self.engine, step.seq_len, self.place.rank, self.dims.data)
+        loss, nats = self.validation.score(self.engine, step.seq_len, self.replica, self.dims.data)
         bits = nats / math.log(2) if nats else None
         if self.writer:
             self.writer.validation(step.number, loss, bits, self.place.incarnation)

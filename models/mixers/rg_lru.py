@@ -6,13 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from ...kernels import rg_lru, rg_lru_summarize, short_conv
+from ...kernels import gate_projections, rg_lru, rg_lru_summarize, short_conv
 from ..backend import Backend
 from ..config import ModelConfig, RGLRUConfig
 from ..norm import wide
 from ..parameters import ParameterSpec, normal, zeros
 from ..sequence import SequenceContext, roll_in
 from .mixer import Mixer
+from .short_conv import convolve
 
 
 class RGLRU(Mixer):
@@ -60,7 +61,10 @@ class RGLRU(Mixer):
         u, _ = short_conv(
             x_branch, self.conv_weight, self.conv_bias, tail, seq.segments, implementation=self.implementation
         )
-        gates = (u, self.gate_a(u), self.gate_x(u), wide(self.a_param))
+        # Weight, then bias, of each.
+        weights = (*self.gate_a.parameters(), *self.gate_x.parameters())
+        gate_a, gate_x = gate_projections(u, *weights, implementation=self.implementation)
+        gates = (u, gate_a, gate_x, wide(self.a_param))
         options = {"segments": seq.segments, "implementation": self.implementation}
         state = seq.initial_state("state", lambda: rg_lru_summarize(*gates, **options))
         h, final_state = rg_lru(*gates, state, **options)
@@ -70,7 +74,7 @@ class RGLRU(Mixer):
     def step(self, x: Tensor, carry: dict[str, Tensor], position: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """One token's ([B, D], next carry)."""
         x_branch, y_branch = self.input_x(x), self.input_y(x)
-        u, conv = self._step_conv(x_branch, carry["conv"], position)
+        u = (convolve(carry["conv"], x_branch, self.conv_weight, position) + wide(self.conv_bias)).to(x.dtype)
         gate_a, gate_x, wide_u = wide(self.gate_a(u)), wide(self.gate_x(u)), wide(u)
         log_a = -8 * torch.sigmoid(gate_a) * F.softplus(wide(self.a_param))
         begins = (position == 0)[:, None]
@@ -78,16 +82,7 @@ class RGLRU(Mixer):
         scale = (-torch.expm1(2 * log_a)).sqrt().masked_fill(begins, 1)
         state = decay * carry["state"] + scale * torch.sigmoid(gate_x) * wide_u
         y = self.output(state.to(x.dtype) * F.gelu(y_branch, approximate="tanh"))
-        return y, {"conv": conv, "state": state}
-
-    def _step_conv(self, x: Tensor, tail: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-        """The convolution at one token [B, R], taps before the document's start left out; and the next tail."""
-        taps = tail.shape[1]
-        age = torch.arange(taps, 0, -1, device=x.device)
-        tail = tail.masked_fill((age > position[:, None])[:, :, None], 0)
-        window = torch.cat([tail, x[:, None]], dim=1)
-        u = torch.einsum("bsr,rs->br", wide(window), wide(self.conv_weight)) + wide(self.conv_bias)
-        return u.to(x.dtype), roll_in(tail, x[:, None])
+        return y, {"conv": roll_in(carry["conv"], x_branch[:, None]), "state": state}
 
     def init_carry(self, batch: int, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
         """Zeros: the last taps - 1 inputs of the convolution, and the fp32 (fp64) state."""

@@ -7,12 +7,12 @@ files, so a rank reads only the pages it needs and memory stays bounded by one t
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import (
@@ -26,6 +26,9 @@ from ..optimizer import WEIGHT
 from .manifest import DTYPES, Manifest, read_manifest
 from .pieces import pieces_of
 from .storage import FolderReader, MappedFiles, narrow
+
+if TYPE_CHECKING:
+    from ...models import LanguageModel
 
 
 def load(path: Path | str, engine: Engine, group: dist.ProcessGroup | None = None) -> Manifest:
@@ -58,19 +61,20 @@ def load(path: Path | str, engine: Engine, group: dist.ProcessGroup | None = Non
     return manifest
 
 
-def load_weights(path: Path | str, model: nn.Module) -> Manifest:
+def load_weights(path: Path | str, model: LanguageModel) -> Manifest:
     """Fills the parameters of `model` with the checkpoint's fp32 weights in their own dtype; returns the manifest.
 
-    One process, no process group, no optimizer; one tensor at a time.
+    Not collective, no optimizer; one tensor at a time, of which the model may hold a box.
     """
     path = Path(path)
     manifest = read_manifest(path)
-    parameters = dict(model.named_parameters())
-    check_fit(path, manifest, {name: tuple(parameter.shape) for name, parameter in parameters.items()})
+    places = {name: (p, model.backend.logical(name, p)) for name, p in model.named_parameters()}
+    check_fit(path, manifest, {name: place.shape for name, (_, place) in places.items()})
     files = MappedFiles(path)
     with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(_whole(manifest, files, f"{WEIGHT}/{name}"))
+        for name, (parameter, place) in places.items():
+            whole = _whole(manifest, files, f"{WEIGHT}/{name}")
+            parameter.copy_(narrow(whole, place.offsets, tuple(parameter.shape)))
     return manifest
 
 

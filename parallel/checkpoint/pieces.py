@@ -33,9 +33,10 @@ class Pieces:
         data: dict[Box, Tensor] = {}
         for fragment in fragments:
             begin = 0
-            for box in boxes_of_range(shape, fragment.start, fragment.start + fragment.data.numel()):
-                data[box] = fragment.data.narrow(0, begin, box.volume).view(box.sizes)
-                begin += box.volume
+            for part in boxes_of_range(fragment.sizes, fragment.start, fragment.start + fragment.data.numel()):
+                offsets = tuple(a + b for a, b in zip(fragment.offsets, part.offsets, strict=True))
+                data[Box(offsets, part.sizes)] = fragment.data.narrow(0, begin, part.volume).view(part.sizes)
+                begin += part.volume
         return Pieces(shape, torch.float32, data)
 
     def size(self) -> torch.Size:

@@ -20,6 +20,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
         ("auto", "rg_lru", CUDA, torch.float64, "reference"),
         ("auto", "attention", CUDA, torch.bfloat16, "triton"),
         ("auto", "linear_attention", CUDA, torch.bfloat16, "triton"),
+        ("auto", "gate_projections", CUDA, torch.bfloat16, "triton"),
         ("auto", "short_conv", CUDA, torch.bfloat16, "triton"),
         ("reference", "rg_lru", CUDA, torch.bfloat16, "reference"),
         ("triton", "rg_lru", CUDA, torch.float16, "triton"),

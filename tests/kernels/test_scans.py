@@ -126,13 +126,13 @@ def test_kernel_at_500_tokens(device):
 
 
 def cut_short(monkeypatch) -> None:
-    """Lets the kernels cut chunks of 4 tokens and groups of 2 chunks, so that a short row has several."""
+    """Lets the kernels cut tiles of 4 tokens, so that a short row has several."""
     from longscan.kernels.linear_scan import kernel as scan
     from longscan.kernels.rg_lru import kernel as gated
 
     for module in (scan, gated):
         for tile in ("FORWARD", "BACKWARD"):
-            monkeypatch.setattr(module, tile, scan.Tile(rows=2, steps=2, block=16, warps=2, programs=2))
+            monkeypatch.setattr(module, tile, (scan.Tile(rows=2, steps=2, block=16, warps=2),) * 2)
 
 
 @both_ops

@@ -29,9 +29,20 @@ model.preset model.vocab_size model.width model.layers model.pattern
 model.mlp.hidden model.mlp.activation model.mlp.bias
 model.rg_lru.width model.rg_lru.gate_blocks model.rg_lru.conv_taps model.rg_lru.decay_init model.rg_lru.decay_range
 model.rg_lru.bias
-model.local_attention.heads model.local_attention.head_dim model.local_attention.kv_heads model.local_attention.window
+model.local_attention.heads model.local_attention.head_dim model.local_attention.kv_heads model.local_attention.position
 model.local_attention.rope_fraction model.local_attention.rope_base model.local_attention.output_bias
-model.norm_eps model.tie_embeddings model.embedding_scale model.logit_soft_cap
+model.local_attention.window
+model.attention.heads model.attention.head_dim model.attention.kv_heads model.attention.position
+model.attention.rope_fraction model.attention.rope_base model.attention.output_bias
+model.taylor_attention.heads model.taylor_attention.head_dim model.taylor_attention.feature_dim
+model.taylor_attention.scale model.taylor_attention.normalize
+model.short_conv.width model.short_conv.taps model.short_conv.bias
+model.linearized_attention.heads model.linearized_attention.head_dim model.linearized_attention.kv_heads
+model.linearized_attention.position model.linearized_attention.rope_fraction model.linearized_attention.rope_base
+model.linearized_attention.output_bias model.linearized_attention.group model.linearized_attention.local
+model.linearized_attention.feature_map model.linearized_attention.feature_dim model.linearized_attention.normalize
+model.linearized_attention.conv_taps
+model.norm_eps model.tie_embeddings model.embedding_scale model.position_embedding model.logit_soft_cap
 data.corpora data.corpora[].path data.corpora[].weight data.packing data.shuffle_window data.seed data.skipped_rows
 data.cache data.cache_gib data.verify
 stages stages[].seq_len stages[].tokens stages[].lr_scale stages[].micro_rows stages[].packing stages[].weights
@@ -213,7 +224,7 @@ RULES = [
     ("schedule.final_ratio=2", "schedule.final_ratio is 2.0; it must be at most 1"),
     ("batch.ramp_from=4096", "set both or neither"),
     ("batch.ramp_steps=3", "set both or neither"),
-    ("parallel.tensor=2", "parallel.tensor"),
+    ("parallel.pipeline=2", "parallel.pipeline is 2"),
     ("parallel.zero=3", "parallel.zero is 3"),
     ("run.max_loss_ratio=0.5", "run.max_loss_ratio is 0.5; it must be above 1"),
     ("checkpoint.keep_every=150", "checkpoint.keep_every is 150, not a multiple of checkpoint.every 100"),

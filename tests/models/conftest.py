@@ -8,14 +8,21 @@ import torch
 from longscan.kernels import Segments
 from longscan.models import LanguageModel, ModelConfig, config_from_mapping, load_preset
 
+SMALL_MIXERS = {
+    "attention": {"head_dim": 8},
+    "linearized_attention": {"head_dim": 8, "group": 5, "conv_taps": 4},
+    "local_attention": {"heads": 4, "head_dim": 8, "kv_heads": 1, "window": 7},
+    "rg_lru": {"width": 48, "gate_blocks": 4},
+    "short_conv": {},
+    "taylor_attention": {"heads": 3, "head_dim": 8, "feature_dim": 8},
+}
+
 
 def small_config(**fields) -> ModelConfig:
-    """griffin-tiny with a vocabulary and a window short enough to matter, changed by `fields`."""
+    """A Griffin of width 32, changed by `fields`, every mixer's sizes small and its window short enough to matter."""
     mapping = {**load_preset("griffin-tiny"), "vocab_size": 50, **fields}
-    mapping["local_attention"] = {**load_preset("griffin-tiny")["local_attention"], "window": 7} | fields.get(
-        "local_attention", {}
-    )
-    mapping["rg_lru"] = load_preset("griffin-tiny")["rg_lru"] | fields.get("rg_lru", {})
+    for name, sizes in SMALL_MIXERS.items():
+        mapping[name] = sizes | fields.get(name, {})
     return config_from_mapping(mapping)
 
 

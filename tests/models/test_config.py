@@ -10,14 +10,27 @@ from torch.utils.flop_counter import FlopCounterMode
 from longscan.errors import ConfigError
 from longscan.kernels import Segments
 from longscan.models import LanguageModel, ModelConfig, config_from_mapping, flops_per_token, load_preset, num_params
-from longscan.models.config import MIXER_NAMES, config_to_mapping, pairs_per_token, preset_names, validate
+from longscan.models.config import MIXER_NAMES, config_to_mapping, preset_names, validate
+from longscan.models.mixer_config import pairs_per_token
 from longscan.models.mixers import MIXERS
+
+# For each mixer the values that its fields take below; every other field keeps its default.
+HEADS = {"heads": (0, 4, 6), "head_dim": (4, 8)}
+SIZES = {
+    "mlp": {"hidden": (0, 20), "bias": (True, False)},
+    "rg_lru": {"width": (0, 24), "gate_blocks": (1, 2, 4), "conv_taps": (1, 2, 4), "bias": (True, False)},
+    "local_attention": HEADS | {"kv_heads": (0, 1, 2), "output_bias": (True, False)},
+    "attention": HEADS | {"kv_heads": (0, 1, 2), "position": ("rope", "alibi"), "output_bias": (True, False)},
+    "taylor_attention": HEADS | {"feature_dim": (3, 16), "normalize": (True, False)},
+    "short_conv": {"width": (0, 24), "taps": (1, 3), "bias": (True, False)},
+    "linearized_attention": HEADS | {"feature_map": ("elu", "taylor", "learned"), "conv_taps": (1, 7)},
+}
 
 
 @st.composite
 def configs(draw) -> ModelConfig:
     pick = lambda *values: draw(st.sampled_from(values))  # noqa: E731
-    blocks, kv_heads, head_dim = pick(1, 2, 4), pick(1, 2), pick(4, 8)
+    sizes = {name: {key: pick(*values) for key, values in entries.items()} for name, entries in SIZES.items()}
     return config_from_mapping(
         {
             "vocab_size": pick(11, 64),
@@ -25,19 +38,8 @@ def configs(draw) -> ModelConfig:
             "layers": pick(1, 2, 5),
             "pattern": draw(st.lists(st.sampled_from(MIXER_NAMES), min_size=1, max_size=3)),
             "tie_embeddings": draw(st.booleans()),
-            "mlp": {"hidden": pick(0, 20), "bias": draw(st.booleans())},
-            "rg_lru": {
-                "width": pick(0, 24),
-                "gate_blocks": blocks,
-                "conv_taps": pick(1, 2, 4),
-                "bias": draw(st.booleans()),
-            },
-            "local_attention": {
-                "heads": pick(0, 6),
-                "head_dim": head_dim,
-                "kv_heads": kv_heads,
-                "output_bias": draw(st.booleans()),
-            },
+            "position_embedding": pick("none", "sinusoidal"),
+            **sizes,
         }
     )
 
@@ -79,6 +81,21 @@ def test_attention_flops_count_the_pairs():
     assert flops_per_token(config, 40) == pytest.approx(6 * num_params(config) + 3 * 2 * 2 * 4 * 8 * pairs)
 
 
+def test_linear_attention_flops_do_not_depend_on_the_length():
+    config = config_from_mapping(load_preset("based-tiny") | {"vocab_size": 50, "pattern": ["taylor_attention"]})
+    states = 4 * 4 * (1 + 8 + 36) * (8 + 1)
+    for seq_len in (7, 100):
+        assert flops_per_token(config, seq_len) == 6 * num_params(config) + 3 * 4 * states
+
+
+def test_grouped_flops_count_the_pairs_inside_groups():
+    options = config_from_mapping(load_preset("linearized-tiny")).linearized_attention
+    pairs = sum(t % 8 + 1 for t in range(37)) / 37
+    state = 8 * (8 + 1)
+    expected = 4 * (3 * 4 * 8 * pairs + 3 * 4 * state + 6 * (8 - 1) * 5)
+    assert options.mixing_flops(32, 37) == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("name", preset_names())
 def test_presets_load(name):
     config = config_from_mapping(load_preset(name) | {"vocab_size": 64})
@@ -88,9 +105,27 @@ def test_presets_load(name):
     assert config_from_mapping(config_to_mapping(config)) == config
 
 
-def test_griffin_1_3b_has_its_size():
-    config = config_from_mapping(load_preset("griffin-1.3b") | {"vocab_size": 32000})
-    assert 1.25e9 < num_params(config) < 1.4e9
+@pytest.mark.parametrize(
+    "name, vocab_size, published, tolerance",
+    [
+        ("griffin-1.3b", 32000, 1.3e9, 0.05),
+        ("hawk-1.3b", 32000, 1.3e9, 0.06),
+        ("based-1.4b", 50264, 1.35e9, 0.005),
+        ("alibi-1.3b", 32000, 1.3e9, 0.05),
+        ("linearized-1.3b", 32000, 1.345e9, 0.005),
+    ],
+)
+def test_presets_have_their_sizes(name, vocab_size, published, tolerance):
+    count = num_params(config_from_mapping(load_preset(name) | {"vocab_size": vocab_size}))
+    assert abs(count / published - 1) < tolerance, count
+
+
+def test_based_has_the_published_layer_mix():
+    mixers = config_from_mapping(load_preset("based-1.4b")).mixers
+    places = {name: [i for i, mixer in enumerate(mixers) if mixer == name] for name in set(mixers)}
+    assert places["taylor_attention"] == [1, 6, 11, 16, 21, 27, 33]
+    assert places["local_attention"] == [2, 7, 12, 17, 22, 28, 34]
+    assert len(places["short_conv"]) == 22
 
 
 def test_omegaconf_can_wrap_the_config():
@@ -125,6 +160,27 @@ def test_every_mixer_has_a_config():
         ({"local_attention": {"window": 0}}, "window=0"),
         ({"local_attention": {"head_dim": 10, "heads": 4}}, "rope_fraction=0.5 of head_dim=10 is 5 dims"),
         ({"local_attention": {"rope_base": 0.0}}, "rope_base=0.0"),
+        ({"position_embedding": "learned"}, "position_embedding='learned' is not one of none, sinusoidal"),
+        ({"width": 33, "pattern": ["short_conv"], "position_embedding": "sinusoidal"}, "width=33 must be even"),
+        ({"pattern": ["attention"], "attention": {"position": "t5"}}, "position='t5' is not one of rope, alibi, none"),
+        ({"pattern": ["attention"], "attention": {"kv_heads": -1}}, "attention.kv_heads=-1"),
+        ({"pattern": ["attention"], "attention": {"head_dim": 0}}, "attention.head_dim=0"),
+        ({"pattern": ["attention"], "attention": {"heads": -2}}, "attention.heads=-2"),
+        ({"pattern": ["short_conv"], "short_conv": {"taps": 0}}, "short_conv.taps=0"),
+        ({"pattern": ["short_conv"], "short_conv": {"width": -1}}, "short_conv.width=-1"),
+        ({"pattern": ["taylor_attention"], "taylor_attention": {"feature_dim": 0}}, "feature_dim=0"),
+        ({"pattern": ["taylor_attention"], "taylor_attention": {"scale": -1.0}}, "scale=-1.0"),
+        *(
+            ({"pattern": ["linearized_attention"], "linearized_attention": fields}, words)
+            for fields, words in [
+                ({"group": 0}, "group=0"),
+                ({"conv_taps": 0}, "conv_taps=0"),
+                ({"local": "relu"}, "local='relu' is not one of softmax, relu2"),
+                ({"feature_map": "exp"}, "feature_map='exp' is not one of elu, relu"),
+                ({"feature_map": "identity"}, "feature_map='identity' has some"),
+                ({"position": "alibi"}, "position='alibi' is not one of rope, none"),
+            ]
+        ),
         ({"widht": 3}, "model.widht; known: width"),
         ({"rg_lru": {"taps": 3}}, "model.rg_lru.taps; known: conv_taps"),
     ],
@@ -146,5 +202,5 @@ def test_unused_mixers_are_not_checked():
 
 
 def test_unknown_presets_list_the_known_nearest_first():
-    with pytest.raises(ConfigError, match="unknown model preset 'hawk'; known: hawk-tiny, "):
+    with pytest.raises(ConfigError, match="unknown model preset 'hawk'; known: hawk-1.3b, hawk-tiny, "):
         load_preset("hawk")

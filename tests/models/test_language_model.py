@@ -8,7 +8,14 @@ from longscan.errors import ConfigError
 from longscan.kernels import Segments
 from longscan.models import LanguageModel, LocalBackend, num_params
 
-PATTERNS = {"griffin": ["rg_lru", "rg_lru", "local_attention"], "hawk": ["rg_lru"]}
+PATTERNS = {
+    "griffin": ["rg_lru", "rg_lru", "local_attention"],
+    "hawk": ["rg_lru"],
+    "based": ["short_conv", "taylor_attention", "local_attention"],
+    "transformer": ["attention"],
+    "linearized": ["linearized_attention"],
+}
+EVERY_MIXER = ["attention", "linearized_attention", "local_attention", "rg_lru", "short_conv", "taylor_attention"]
 
 
 def loss_gradients(model, logits, labels):
@@ -19,7 +26,7 @@ def loss_gradients(model, logits, labels):
 @pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
 @pytest.mark.parametrize("cuts", [[1], [12], [5, 13, 14, 30]], ids=str)
 def test_whole_equals_pieces(make_model, tokens, segments, pattern, cuts):
-    model = make_model(pattern=pattern)
+    model = make_model(pattern=pattern, position_embedding="sinusoidal")
     carry, pieces = model.init_carry(2), []
     for begin, end in zip([0, *cuts], [*cuts, 31], strict=True):
         hidden, carry = model.extend(tokens[:, begin:end], carry, segments.split(begin, end))
@@ -32,9 +39,10 @@ def test_whole_equals_pieces(make_model, tokens, segments, pattern, cuts):
     assert carry.position.tolist() == [18, 31]
 
 
+@pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
 @pytest.mark.parametrize("chunk", [1, 4, 64])
-def test_prefill_and_steps_equal_forward(make_model, tokens, chunk):
-    model = make_model()
+def test_prefill_and_steps_equal_forward(make_model, tokens, pattern, chunk):
+    model = make_model(pattern=pattern, position_embedding="sinusoidal")
     whole = model(tokens, Segments.whole(2, 31))
     logits, carry = model.prefill(tokens[:, :20], chunk=chunk)
     torch.testing.assert_close(logits, whole[:, 19], rtol=1e-9, atol=1e-11)
@@ -43,8 +51,9 @@ def test_prefill_and_steps_equal_forward(make_model, tokens, chunk):
         torch.testing.assert_close(logits, whole[:, t], rtol=1e-9, atol=1e-11)
 
 
-def test_the_carry_does_not_grow(make_model):
-    model = make_model(torch.float32)
+@pytest.mark.parametrize("pattern", [p for n, p in PATTERNS.items() if n != "transformer"], ids=str)
+def test_the_carry_does_not_grow(make_model, pattern):
+    model = make_model(torch.float32, pattern=pattern)
     long_prompt = torch.zeros(1, 200, dtype=torch.int64)
     shapes = []
     for length in (1, 200):
@@ -90,7 +99,7 @@ def test_initial_loss_is_that_of_guessing(make_config, tokens):
 
 
 def test_what_does_not_decay(make_config):
-    model = LanguageModel(make_config(tie_embeddings=False))
+    model = LanguageModel(make_config(tie_embeddings=False, layers=6, pattern=EVERY_MIXER))
     kept = model.no_weight_decay()
     for name, parameter in model.named_parameters():
         rg_lru = any(part in name for part in ("a_param", "gate_a", "gate_x"))
@@ -103,7 +112,7 @@ def test_untied_scaled_and_capped(make_model, tokens, segments):
     logits = model(tokens, segments)
     raw = model.hidden(tokens, segments) @ model.unembedding.weight.T
     torch.testing.assert_close(logits, 2 * torch.tanh(raw / 2))
-    torch.testing.assert_close(model._embed(tokens), model.embedding.weight[tokens] * 32**0.5)
+    torch.testing.assert_close(model._embed(tokens, segments.positions), model.embedding.weight[tokens] * 32**0.5)
 
 
 def test_activation_checkpointing_changes_nothing(make_model, tokens, segments):
@@ -149,10 +158,11 @@ def test_another_backend_makes_every_layer(make_config):
             made.extend(layer.parameters())
             return layer
 
-    model = LanguageModel(make_config(), backend=Recording())
+    model = LanguageModel(make_config(layers=6, pattern=EVERY_MIXER), backend=Recording())
     from_backend = {id(parameter) for parameter in made}
     others = [name for name, parameter in model.named_parameters() if id(parameter) not in from_backend]
-    assert all(name.endswith(("scale", "a_param", "conv_weight", "conv_bias")) for name in others), others
+    own = ("scale", "a_param", "conv_weight", "conv_bias", "query_map", "key_map")
+    assert all(name.endswith(own) for name in others), others
 
 
 @pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
@@ -174,9 +184,10 @@ def test_it_learns(make_config, pattern):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-3), (torch.bfloat16, 8e-2)], ids=["fp32", "bf16"])
-def test_the_gpu_agrees(make_model, tokens, segments, dtype, bound):
+@pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
+def test_the_gpu_agrees(make_model, tokens, segments, pattern, dtype, bound):
     """Logits, gradients and steps on a GPU, the kernels chosen by "auto", against fp64 on the CPU."""
-    exact, model = make_model(), make_model(dtype).cuda()
+    exact, model = make_model(pattern=pattern), make_model(dtype, pattern=pattern).cuda()
     labels = tokens.roll(-1, 1)
     expected, actual = exact(tokens, segments), model(tokens.cuda(), segments.to("cuda"))
     assert (actual.double().cpu() - expected).norm() / expected.norm() < bound

@@ -9,15 +9,18 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
+import warnings
+from contextlib import suppress
 from pathlib import Path
 
 
-def run_distributed(function, world_size, *args, join=True, timeout=100.0, env=None):
+def run_distributed(function, world_size, *args, join=True, timeout=100.0, env=None, preload=()):
     """Returns what `function(*args)` returned on each rank.
 
     Args:
@@ -27,6 +30,7 @@ def run_distributed(function, world_size, *args, join=True, timeout=100.0, env=N
         join: make the process group first. Without it the processes only know RANK and WORLD_SIZE.
         timeout: seconds until all are killed.
         env: more environment variables.
+        preload: modules that take seconds to import: one process imports them and forks into the ranks. Not for CUDA.
     """
     with tempfile.TemporaryDirectory() as folder:
         job = {
@@ -34,21 +38,26 @@ def run_distributed(function, world_size, *args, join=True, timeout=100.0, env=N
             "function": function.__name__,
             "args": [str(a) if isinstance(a, Path) else a for a in args],
             "store": str(Path(folder, "store")) if join else None,
+            "preload": list(preload),
         }
         Path(folder, "job.json").write_text(json.dumps(job))
-        workers = [_start(folder, rank, world_size, env or {}) for rank in range(world_size)]
+        starts = ["all"] if preload else range(world_size)
+        workers = [_start(folder, rank, world_size, env or {}) for rank in starts]
         try:
             _wait(workers, folder, time.monotonic() + timeout)
         finally:
             for worker in workers:
-                worker.kill()
+                with suppress(ProcessLookupError):
+                    os.killpg(worker.pid, signal.SIGKILL)
                 worker.wait()
         return [json.loads(Path(folder, f"result-{rank}.json").read_text()) for rank in range(world_size)]
 
 
-def _start(folder: str, rank: int, world_size: int, env: dict[str, str]) -> subprocess.Popen:
+def _start(folder: str, rank: int | str, world_size: int, env: dict[str, str]) -> subprocess.Popen:
+    """A process for one rank, or for "all"; it leads a process group of its own."""
     ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, __file__, folder, str(rank)], env={**os.environ, **env, **ranks})
+    command = [sys.executable, __file__, folder, str(rank)]
+    return subprocess.Popen(command, env={**os.environ, **env, **ranks}, start_new_session=True)
 
 
 def _wait(workers: list[subprocess.Popen], folder: str, deadline: float) -> None:
@@ -81,6 +90,31 @@ def load_function(file: str, name: str):
     return getattr(module, name)
 
 
+def _fork(folder: str, world_size: int) -> None:
+    """Becomes all ranks; ends like the first of them that fails."""
+    for name in json.loads(Path(folder, "job.json").read_text())["preload"]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            importlib.import_module(name)
+    for rank in range(world_size):
+        if os.fork() == 0:
+            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+            os._exit(_guarded(folder, rank))
+    for _ in range(world_size):
+        if code := os.waitstatus_to_exitcode(os.wait()[1]):
+            sys.exit(code)
+
+
+def _guarded(folder: str, rank: int) -> int:
+    """The exit code of one rank's work, its traceback kept."""
+    try:
+        _work(folder, rank)
+    except BaseException:
+        Path(folder, f"error-{rank}.txt").write_text(traceback.format_exc())
+        return 1
+    return 0
+
+
 def _work(folder: str, rank: int) -> None:
     from longscan.parallel import destroy_process_group, init_process_group
 
@@ -93,8 +127,7 @@ def _work(folder: str, rank: int) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        _work(sys.argv[1], int(sys.argv[2]))
-    except BaseException:
-        Path(sys.argv[1], f"error-{sys.argv[2]}.txt").write_text(traceback.format_exc())
-        sys.exit(1)
+    if sys.argv[2] == "all":
+        _fork(sys.argv[1], int(os.environ["WORLD_SIZE"]))
+    else:
+        sys.exit(_guarded(sys.argv[1], int(sys.argv[2])))

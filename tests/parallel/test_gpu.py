@@ -3,6 +3,10 @@ import os
 import pytest
 import torch
 from distributed import run_distributed
+from matrix import LAYOUTS, TOLERANCES, worst
+from matrix import train as train_layout
+from matrix import train_plainly as train_layout_plainly
+from safetensors.torch import load_file, save_file
 from tiny_model import TinyModel, train, train_plainly
 
 from longscan.parallel import Engine, OptimizerOptions, ParallelDims, process_group
@@ -50,3 +54,52 @@ def test_bf16_trains_saves_and_loads_over_nccl(tmp_path):
         torch.testing.assert_close(
             torch.tensor(found["across"]), torch.tensor(found["seen 0"][3:]), rtol=1e-3, atol=1e-3
         )
+
+
+PAIRS = [name for name, (dims, _) in LAYOUTS.items() if dims.world_size == 2]
+FAMILIES = ["griffin", "based", "linearized"]
+
+
+def train_pairs(folder):
+    """Every layout of two ranks over NCCL: the worst error in fp64, and in bf16 that of loss and first gradients."""
+    rank, found = int(os.environ["RANK"]), {}
+    torch.cuda.set_device(rank)
+    for name in PAIRS:
+        dims, options = LAYOUTS[name]
+        place = {"rank": rank, "world_size": 2, "store": f"{folder}/{name}", "device": f"cuda:{rank}"}
+        with process_group(**place, timeout_seconds=60):
+            for family in FAMILIES:
+                expected = load_file(f"{folder}/{family}.safetensors")
+                here = {"device": f"cuda:{rank}", **options}
+                exact = worst(train_layout(family, True, dims, **here), expected)
+                rounded = train_layout(family, True, dims, precision="bf16", **here)
+                found[f"{name} {family}"] = [exact, rounding(rounded, expected)]
+    return found
+
+
+def rounding(found, expected):
+    """The error of the losses, and of the first step's gradients where there are any, relative to their norms."""
+    parts = [[n for n in found if n.endswith("/loss")]]
+    parts += [[n for n in found if n.startswith("0/") and n[2:] not in ("loss", "norm")]]
+    errors = []
+    for names in filter(None, parts):
+        a, b = (torch.cat([tensors[name].double().flatten() for name in names]) for tensors in (found, expected))
+        errors.append(float((a - b).norm() / b.norm()))
+    return errors
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
+@pytest.mark.timeout(400)
+def test_pairs_of_gpus_train_like_one_process(tmp_path):
+    alone = {}
+    for family in FAMILIES:
+        expected = train_layout_plainly(family, True)
+        save_file(expected, tmp_path / f"{family}.safetensors")
+        found = train_layout(family, True, ParallelDims(zero=0), device="cuda:0", precision="bf16")
+        alone[family] = rounding(found, expected)
+    for ranks in run_distributed(train_pairs, 2, tmp_path, join=False, timeout=380):
+        for name, (exact, rounded) in ranks.items():
+            layout, family = name.split()
+            assert exact[0] <= TOLERANCES[LAYOUTS[layout][0].zero], (name, exact)
+            # Other orders of summation, not other sums: as far from fp64 as one GPU is, give or take.
+            assert all(a <= 2 * b for a, b in zip(rounded, alone[family], strict=False)), (name, rounded, alone)

@@ -7,7 +7,8 @@ import torch.distributed as dist
 from distributed import run_distributed
 
 from longscan.errors import UserError
-from longscan.parallel import destroy_process_group, init_process_group, process_group
+from longscan.parallel import ParallelDims, destroy_process_group, init_process_group, process_group
+from longscan.parallel.groups import layout_groups
 
 
 def meet(folder, address):
@@ -55,3 +56,46 @@ def fail_on_rank_one():
 def test_the_helper_shows_the_traceback_of_the_rank_that_failed():
     with pytest.raises(AssertionError, match=r"error-1(.|\n)*ValueError: the reason"):
         run_distributed(fail_on_rank_one, 2)
+
+
+def share_axes(folder):
+    """Who shares an axis with this rank in several layouts of the same eight ranks, as sums of powers of two."""
+    rank, found = int(os.environ["RANK"]), {}
+    with process_group(rank=rank, world_size=8, store=f"{folder}/store", timeout_seconds=60):
+        for name, sizes in EIGHT.items():
+            groups = layout_groups(ParallelDims(zero=0, **sizes))
+            assert layout_groups(ParallelDims(zero=0, **sizes)) == groups, "made once"
+            found[name] = [members(group, rank) for group in (groups.tensor, groups.context, groups.copies)]
+    return found
+
+
+def members(group, rank):
+    if group is None:
+        return None
+    number = torch.tensor(1 << rank)
+    dist.all_reduce(number, group=group)
+    found = [other for other in range(8) if int(number) >> other & 1]
+    assert found.index(rank) == group.rank()
+    return found
+
+
+EIGHT = {
+    "data": {"data": 8},
+    "tensor x context": {"data": 2, "context": 2, "tensor": 2},
+    "context": {"data": 2, "context": 4},
+    "tensor": {"tensor": 8},
+}
+
+
+def test_replicas_are_consecutive_ranks(tmp_path):
+    ranks = run_distributed(share_axes, 8, tmp_path, join=False, preload=["megatron.core.parallel_state"])
+    everyone = list(range(8))
+    for rank, found in enumerate(ranks):
+        assert found["data"] == [None, None, everyone]
+        tensor = rank - rank % 2
+        context = rank - rank % 4 + rank % 2
+        copies = [other for other in everyone if other % 2 == rank % 2]
+        assert found["tensor x context"] == [[tensor, tensor + 1], [context, context + 2], copies]
+        replica = everyone[rank - rank % 4 :][:4]
+        assert found["context"] == [None, replica, everyone]
+        assert found["tensor"] == [everyone, None, None]

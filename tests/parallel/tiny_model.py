@@ -7,6 +7,7 @@ from torch import nn
 
 from longscan.data.batch import IGNORED_LABEL, Batch
 from longscan.kernels.segments import Segments
+from longscan.models import LocalBackend
 
 VOCAB, WIDTH, TOKENS = 33, 7, 12
 
@@ -17,6 +18,7 @@ class TinyModel(nn.Module):
     def __init__(self, seed: int = 0, width: int = WIDTH, vocab: int = VOCAB):
         super().__init__()
         self.config = SimpleNamespace(vocab_size=vocab)
+        self.backend = LocalBackend()
         self.embed = nn.Embedding(vocab, width)
         self.up = nn.Linear(width, 3 * width + 1)
         self.down = nn.Linear(3 * width + 1, width)
@@ -27,7 +29,7 @@ class TinyModel(nn.Module):
             for parameter in self.parameters():
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
 
-    def hidden(self, tokens, segments):
+    def hidden(self, tokens, segments, contexts=None):
         x = self.embed(tokens) + self.cube.mean((0, 1))
         steps = torch.arange(1, x.shape[1] + 1, device=x.device, dtype=x.dtype)
         x = x.cumsum(1) / steps[:, None]
@@ -35,6 +37,11 @@ class TinyModel(nn.Module):
 
     def head(self, hidden):
         return hidden @ self.embed.weight.T
+
+    def cross_entropy(self, hidden, labels, z_loss=0.0, **options):
+        assert z_loss == 0
+        logits = self.head(hidden).flatten(0, 1)
+        return nn.functional.cross_entropy(logits, labels.flatten(), reduction="sum", **options)
 
     def forward(self, tokens, segments):
         return self.head(self.hidden(tokens, segments))

@@ -10,6 +10,13 @@ from longscan.models.mixers import MIXERS, Mixer
 from longscan.models.parameters import init_parameters
 
 VARIANTS = {
+    "attention": {
+        "default": {},
+        "alibi": {"position": "alibi", "kv_heads": 2},
+        "alibi-odd-heads": {"position": "alibi", "heads": 3, "output_bias": True},
+        "none": {"position": "none", "kv_heads": 1},
+        "half-rope": {"rope_fraction": 0.5},
+    },
     "rg_lru": {
         "default": {},
         "released": {"decay_init": "released"},
@@ -22,6 +29,25 @@ VARIANTS = {
         "window-past-row": {"window": 64},
         "grouped": {"kv_heads": 2, "rope_fraction": 1.0},
         "no-rope-no-bias": {"rope_fraction": 0.0, "output_bias": False},
+        "alibi": {"position": "alibi", "kv_heads": 0},
+    },
+    "linearized_attention": {
+        "default": {},
+        "released": {"local": "relu2", "feature_map": "identity", "normalize": False, "conv_taps": 9},
+        "taylor-shared-keys": {"feature_map": "taylor", "feature_dim": 3, "kv_heads": 2},
+        "learned": {"feature_map": "learned", "feature_dim": 5, "conv_taps": 1},
+        "relu-shared-keys": {"feature_map": "relu", "local": "relu2", "kv_heads": 1},
+        "group-of-one": {"group": 1},
+        "group-past-row": {"group": 64, "position": "none", "output_bias": True},
+    },
+    "short_conv": {
+        "default": {},
+        "one-tap-no-bias": {"taps": 1, "bias": False},
+        "narrow": {"width": 24, "taps": 5},
+    },
+    "taylor_attention": {
+        "default": {},
+        "plain-sums": {"feature_dim": 5, "normalize": False, "scale": 0.7},
     },
 }
 CASES = [(mixer, label) for mixer in sorted(MIXERS) for label in VARIANTS[mixer]]

@@ -14,6 +14,11 @@ def inputs(dtype=torch.float64, batch=2, tokens=TOKENS):
     return torch.randn(batch, tokens, WIDTH, generator=torch.Generator().manual_seed(5)).to(dtype)
 
 
+def keeps_everything(mixer: Mixer) -> bool:
+    """Whether the carry grows by each token: full attention's does, no other's."""
+    return getattr(mixer, "keys_seen", 0) is None
+
+
 def run_split(mixer: Mixer, x, segments: Segments, cuts: list[int]):
     carry = mixer.init_carry(x.shape[0], x.device, x.dtype)
     outputs = []
@@ -21,7 +26,9 @@ def run_split(mixer: Mixer, x, segments: Segments, cuts: list[int]):
         context = LocalContext(segments.split(begin, end), carry)
         outputs.append(mixer(x[:, begin:end], context))
         assert context.leaving.keys() == carry.keys()
-        assert all(context.leaving[name].shape == carry[name].shape for name in carry)
+        growth = (end - begin) * keeps_everything(mixer)
+        for name, left in context.leaving.items():
+            assert left.shape == (len(x), carry[name].shape[1] + growth, *carry[name].shape[2:])
         carry = context.leaving
     return torch.cat(outputs, dim=1), carry
 
@@ -40,6 +47,42 @@ def test_whole_equals_split(make_mixer, segments, cuts):
     split = gradients(mixer, x, lambda x: run_split(mixer, x, segments, cuts)[0])
     for expected, actual in zip(whole, split, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-11)
+
+
+class SummarizingContext(LocalContext):
+    """Answers from the carry as LocalContext does, and notes what the piece says that it does to a state."""
+
+    def __init__(self, segments: Segments, carry: dict[str, torch.Tensor]) -> None:
+        super().__init__(segments, carry)
+        self.foretold: dict[str, torch.Tensor] = {}
+
+    def initial_state(self, name, summarize):
+        entering = super().initial_state(name, summarize)
+        state, transition = summarize()
+        self.foretold[name] = transition * entering + state
+        return entering
+
+
+def test_summaries_foretell_the_states(make_mixer, segments):
+    """What context ranks fold, transition * entering + state, is the state that leaves."""
+    mixer, x = make_mixer(), inputs()
+    carry = mixer.init_carry(2, x.device, x.dtype)
+    for begin, end in ((0, 3), (3, 9), (9, 10), (10, 25), (25, TOKENS)):
+        context = SummarizingContext(segments.split(begin, end), carry)
+        mixer(x[:, begin:end], context)
+        assert context.foretold.keys() == {"state"} & carry.keys()
+        for name, foretold in context.foretold.items():
+            torch.testing.assert_close(foretold, context.leaving[name], rtol=1e-9, atol=1e-11)
+        carry = context.leaving
+
+
+def test_gradients_reach_every_parameter(make_mixer):
+    mixer, x = make_mixer(), inputs(tokens=70)
+    y = mixer(x, LocalContext(Segments.whole(2, 70)))
+    found = torch.autograd.grad(y.square().sum(), list(mixer.parameters()))
+    for (name, parameter), gradient in zip(mixer.named_parameters(), found, strict=True):
+        assert gradient.ne(0).float().mean() > 0.9, name
+        assert gradient.shape == parameter.shape
 
 
 def test_forward_equals_steps(make_mixer, segments):

@@ -1,0 +1,38 @@
+"""RMSNorm and the MLP's gate in one pass over memory each: Liger's kernels, on CUDA, for everything but fp64.
+
+By rule and never by attempt: where `runs` says so and liger-kernel is missing, importing it raises.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def runs(x: Tensor) -> bool:
+    """Whether these functions are to be used for x."""
+    return x.is_cuda and x.dtype != torch.float64
+
+
+def rms_norm(x: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """`x / sqrt(mean(x^2) + eps) * (1 + scale)` in x's dtype, computed in fp32.
+
+    The gradient that comes in is left as it is, for others may share it; in place would save a pass. A program takes a
+    row: the kernel for several short ones multiplies what it loads beyond the last row, undefined, by zero.
+    """
+    from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+
+    offset, casts, in_place, by_row = 1.0, "gemma", False, True
+    return LigerRMSNormFunction.apply(x, scale, eps, offset, casts, in_place, by_row)
+
+
+def gated(activation: str, gate: Tensor, up: Tensor) -> Tensor:
+    """`act(gate) * up`, where act is "gelu" (tanh approximation) or "silu".
+
+    The backward pass writes both gradients over gate and up: it runs once, and nothing else may have kept them.
+    """
+    from liger_kernel.ops.geglu import LigerGELUMulFunction
+    from liger_kernel.ops.swiglu import LigerSiLUMulFunction
+
+    function = {"gelu": LigerGELUMulFunction, "silu": LigerSiLUMulFunction}[activation]
+    return function.apply(gate, up)

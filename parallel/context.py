@@ -1,0 +1,63 @@
+"""Context parallelism: a row's tokens split over ranks in contiguous pieces, and what a mixer learns of the others.
+
+Mixers do not know of it: they ask their SequenceContext. Positions, documents and windows are those of the whole row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch.distributed as dist
+from torch import Tensor
+
+from ..data.batch import Batch
+from ..kernels.segments import Segments
+from ..models.sequence import Summarize
+from .collectives import entering_state, left_halo
+
+
+def piece_of(batch: Batch, rank: int, size: int) -> Batch:
+    """Returns tokens `rank * T / size` to `(rank + 1) * T / size` of every row, documents seen from there."""
+    tokens = batch.inputs.shape[1]
+    assert tokens % size == 0, f"rows of {tokens} tokens cannot be cut into {size} pieces"
+    # On the left of a row nothing is held, so a halo's zeros must lie outside every document.
+    assert not bool(batch.continues.any()), "a row that goes on with an earlier row's document"
+    begin, end = rank * tokens // size, (rank + 1) * tokens // size
+    segments = Segments(batch.cu_seqlens, batch.continues, batch.doc_start).split(begin, end)
+    return replace(
+        batch,
+        inputs=batch.inputs[:, begin:end].contiguous(),
+        labels=batch.labels[:, begin:end].contiguous(),
+        cu_seqlens=segments.cu_seqlens,
+        continues=segments.continues,
+        doc_start=segments.doc_start,
+    )
+
+
+class ContextParallelContext:
+    """The SequenceContext of one mixer's training pass over this rank's piece; keeps no carry.
+
+    Args:
+        segments: the documents of the piece.
+        group: the ranks of the row, in the order of their pieces.
+    """
+
+    def __init__(self, segments: Segments, group: dist.ProcessGroup) -> None:
+        self.segments = segments
+        self.group = group
+
+    def left_halo(self, name: str, x: Tensor, n: int | None) -> Tensor:
+        """The n entries left of x, from the ranks on the left; zeros, outside every document, left of the row.
+
+        With n None as many as the last rank has on its left: a halo of one length keeps the ranks' graphs alike.
+        """
+        if n is None:
+            n = (self.group.size() - 1) * x.shape[1]
+        return left_halo(x, n, self.group) if n else x[:, :0]
+
+    def initial_state(self, name: str, summarize: Summarize) -> Tensor:
+        """The state after the pieces on the left, zero on the first rank."""
+        return entering_state(*summarize(), self.group)
+
+    def leave(self, name: str, state: Tensor) -> None:
+        """Nothing: each rank on the right folds the summaries itself."""

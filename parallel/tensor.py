@@ -1,0 +1,272 @@
+"""Tensor parallelism: Megatron's layers behind the Backend that models are built from, and their loss.
+
+Layers divide channels, heads and vocabulary; a mixer meets no collective. A layer's input is summed over once in the
+backward pass, at the norm before it, whatever number of column linears reads it: one all-reduce each way for a mixer
+or MLP. With sequence_parallel the residual stream holds T / tensor tokens of each row, norms gather and row linears
+scatter; what a norm gathers is kept for the backward pass whole, where Megatron's column linear would gather again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core.model_parallel_config import ModelParallelConfig
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
+from torch import Tensor, nn
+
+from ..kernels import loss_from_pieces, vocabulary_pieces
+from ..models import LanguageModel, LocalBackend, ModelConfig
+from ..models.backend import BlockDiagonalLinear, Linear
+from ..models.norm import RMSNorm
+from ..models.parameters import Logical, normal, zeros
+from .collectives import gather_tokens, sum_gradients, sum_parts
+from .dims import ParallelDims
+from .groups import layout_groups
+
+
+class MegatronBackend:
+    """A Backend that divides layers over the tensor ranks; `dims` fits `config` (`ParallelDims.validate`).
+
+    Generation token by token is not divided: `step` needs `sequence_parallel` off.
+    """
+
+    def __init__(self, config: ModelConfig, dims: ParallelDims) -> None:
+        group = layout_groups(dims).tensor
+        assert group is not None, f"{dims} divides no layer; use LocalBackend"
+        self.group: dist.ProcessGroup = group
+        self.rank, self.size = group.rank(), group.size()
+        self.sequence_parallel = dims.sequence_parallel
+        with torch.device("meta"):
+            undivided = LanguageModel(config, LocalBackend())
+        self._shapes = {name: tuple(parameter.shape) for name, parameter in undivided.named_parameters()}
+
+    def local(self, size: int) -> int:
+        """This rank's even share."""
+        assert size % self.size == 0, f"{size} channels or heads over {self.size} tensor ranks"
+        return size // self.size
+
+    def part(self, size: int) -> slice:
+        """This rank's even share, in rank order."""
+        share = self.local(size)
+        return slice(self.rank * share, (self.rank + 1) * share)
+
+    def logical(self, name: str, parameter: Tensor) -> Logical:
+        """The dim in which the undivided model's parameter is longer is the divided one; the last box may be short."""
+        shape = self._shapes[name]
+        pairs = zip(shape, parameter.shape, strict=True)
+        return Logical(shape, tuple(self.rank * -(-whole // self.size) * (whole != own) for whole, own in pairs))
+
+    def residual(self, x: Tensor) -> Tensor:
+        """With sequence_parallel this rank's T / tensor tokens of each row."""
+        return x.chunk(self.size, dim=1)[self.rank] if self.sequence_parallel else x
+
+    def norm(self, width: int, eps: float) -> nn.Module:
+        """A norm whose output every rank's layers share."""
+        return EnteringNorm(width, eps, self)
+
+    def column_linear(self, inputs: int, outputs: int, bias: bool, variance: float) -> nn.Module:
+        """Megatron's, its outputs left divided."""
+        return ColumnLinear(inputs, outputs, bias, variance, self)
+
+    def row_linear(self, inputs: int, outputs: int, bias: bool, variance: float) -> nn.Module:
+        """Megatron's, its inputs divided already."""
+        return RowLinear(inputs, outputs, bias, variance, self)
+
+    def head_linear(self, inputs: int, heads: int, head_dim: int, variance: float) -> nn.Module:
+        """Divided where each rank gets whole heads; else whole on every rank, which uses the head its queries share."""
+        if heads % self.size == 0:
+            return ColumnLinear(inputs, heads * head_dim, False, variance, self)
+        return SharedHeadLinear(inputs, heads, head_dim, variance, self)
+
+    def block_diagonal_linear(self, blocks: int, width: int, variance: float) -> nn.Module:
+        """This rank's blocks."""
+        return BlockDiagonalLinear(self.local(blocks), self.local(width), variance)
+
+    def embedding(self, vocab_size: int, width: int, variance: float) -> nn.Module:
+        """Megatron's, divided by rows."""
+        return VocabularyEmbedding(vocab_size, width, variance, self)
+
+    def head(self, hidden: Tensor, table: Tensor) -> Tensor:
+        """All logits, on every rank; the loss does without (`cross_entropy`)."""
+        logits = F.linear(hidden, table)
+        vocabulary = self._vocabulary
+        padded = F.pad(logits, (0, -(-vocabulary // self.size) - table.shape[0]))
+        return gather_from_tensor_model_parallel_region(padded, group=self.group)[..., :vocabulary]
+
+    def cross_entropy(self, hidden: Tensor, table: Tensor, labels: Tensor, **options: Any) -> Tensor:
+        """`kernels.linear_cross_entropy`, the same on every rank, from each rank's slice of the vocabulary."""
+        return vocabulary_parallel_cross_entropy(hidden, table, labels, self._vocabulary, group=self.group, **options)
+
+    @property
+    def _vocabulary(self) -> int:
+        return self._shapes["embedding.weight"][0]
+
+    def layer_config(self, sequence_parallel: bool) -> ModelParallelConfig:
+        """Megatron's options of a layer, made on the default device like any module and left without values."""
+        return ModelParallelConfig(
+            tensor_model_parallel_size=self.size,
+            sequence_parallel=sequence_parallel,
+            perform_initialization=False,
+            use_cpu_initialization=True,
+            params_dtype=torch.get_default_dtype(),
+        )
+
+    def partial_gradients(self, model: LanguageModel) -> set[str]:
+        """Names of whole parameters whose gradient each rank has a part of, to be summed over the tensor ranks.
+
+        All that lie among the divided layers; and those of the residual stream, where that is divided by tokens.
+        """
+        found = set()
+        for prefix, owner in model.named_modules():
+            on_residual = isinstance(owner, EnteringNorm | RowLinear) and not self.sequence_parallel
+            for name, parameter in owner.named_parameters(prefix, recurse=False):
+                divided = tuple(parameter.shape) != self._shapes[name]
+                if not divided and not on_residual:
+                    found.add(name)
+        return found
+
+
+def vocabulary_parallel_cross_entropy(
+    hidden: Tensor,
+    table: Tensor,
+    labels: Tensor,
+    vocabulary: int,
+    group: dist.ProcessGroup,
+    *,
+    reduction: str = "sum",
+    ignore_index: int = -100,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+    soft_cap: float = 0.0,
+    implementation: str = "auto",
+) -> Tensor:
+    """`kernels.linear_cross_entropy` of a table whose rows lie on the ranks of `group`, the same on every rank.
+
+    Two all-reduces of [N] numbers. The gradient of `hidden` is this rank's part: its sum is the norm's business.
+
+    Args:
+        hidden: [N, D], the same on every rank.
+        table: [V / size, D], each rank's rows in rank order; all but the last rank hold as many.
+        labels: [N] of the whole vocabulary.
+        vocabulary: V.
+        group: the tensor ranks.
+        reduction, ignore_index, z_loss, label_smoothing, soft_cap, implementation: as there.
+    """
+    start = group.rank() * -(-vocabulary // group.size())
+    highest, *sums = vocabulary_pieces(
+        hidden, table, labels, vocab_start=start, soft_cap=soft_cap, implementation=implementation
+    )
+    peak = highest.detach().clone()
+    dist.all_reduce(peak, dist.ReduceOp.MAX, group)
+    total, target, spread = sums
+    total = total * (highest.detach() - peak).exp()
+    total, target, spread = sum_parts(torch.stack([total, target, spread]), group).unbind()
+    options = {"ignore_index": ignore_index, "z_loss": z_loss, "label_smoothing": label_smoothing}
+    losses = loss_from_pieces((peak, total, target, spread), labels, vocabulary, **options)
+    return losses if reduction == "none" else losses.sum()
+
+
+class EnteringNorm(RMSNorm):
+    """RMSNorm from the residual stream into layers that are divided."""
+
+    def __init__(self, width: int, eps: float, backend: MegatronBackend) -> None:
+        super().__init__(width, eps)
+        self._backend = backend
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, D], or [B, T / tensor, D] with sequence_parallel, to [B, T, D] on every rank."""
+        y = super().forward(x)
+        enter = gather_tokens if self._backend.sequence_parallel else sum_gradients
+        return enter(y, self._backend.group)
+
+
+class ColumnLinear(ColumnParallelLinear):
+    """Megatron's column linear of an input that `EnteringNorm` sums the gradient of."""
+
+    def __init__(self, inputs: int, outputs: int, bias: bool, variance: float, backend: MegatronBackend) -> None:
+        config = backend.layer_config(sequence_parallel=False)
+        super().__init__(
+            inputs,
+            outputs,
+            config=config,
+            init_method=_unused,
+            bias=bias,
+            disable_grad_reduce=True,
+            tp_group=backend.group,
+        )
+        self.specs = {"weight": normal(variance), "bias": zeros()}
+
+    def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """[..., inputs] -> [..., outputs / tensor]."""
+        return super().forward(x)[0]
+
+
+class RowLinear(RowParallelLinear):
+    """Megatron's row linear, back to the residual stream."""
+
+    def __init__(self, inputs: int, outputs: int, bias: bool, variance: float, backend: MegatronBackend) -> None:
+        super().__init__(
+            inputs,
+            outputs,
+            config=backend.layer_config(sequence_parallel=backend.sequence_parallel),
+            init_method=_unused,
+            bias=bias,
+            input_is_parallel=True,
+            skip_bias_add=False,
+            tp_group=backend.group,
+        )
+        self.specs = {"weight": normal(variance), "bias": zeros()}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, inputs / tensor] -> [B, T, outputs], or [B, T / tensor, outputs] with sequence_parallel."""
+        if not self.sequence_parallel:
+            return super().forward(x)[0]
+        # Megatron scatters the first dim; for one row the transpositions are free.
+        return super().forward(x.transpose(0, 1))[0].transpose(0, 1)
+
+
+class SharedHeadLinear(Linear):
+    """A linear to fewer heads than ranks, whole on every rank: each computes the head that its query heads read."""
+
+    def __init__(self, inputs: int, heads: int, head_dim: int, variance: float, backend: MegatronBackend) -> None:
+        assert backend.size % heads == 0, f"{heads} shared heads over {backend.size} tensor ranks"
+        super().__init__(inputs, heads * head_dim, False, variance)
+        begin = backend.rank * heads // backend.size * head_dim
+        self._rows = slice(begin, begin + head_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., inputs] -> [..., head_dim]."""
+        return F.linear(x, self.weight[self._rows])
+
+
+class VocabularyEmbedding(VocabParallelEmbedding):
+    """Megatron's embedding for any vocabulary: the last rank's rows are as many as are left."""
+
+    def __init__(self, vocab_size: int, width: int, variance: float, backend: MegatronBackend) -> None:
+        config, share = backend.layer_config(sequence_parallel=False), -(-vocab_size // backend.size)
+        with torch.device("meta"):
+            super().__init__(
+                share * backend.size,
+                width,
+                init_method=_unused,
+                reduce_scatter_embeddings=backend.sequence_parallel,
+                config=config,
+                tp_group=backend.group,
+            )
+        self.vocab_end_index = min(self.vocab_end_index, vocab_size)
+        rows = self.vocab_end_index - self.vocab_start_index
+        self.weight = nn.Parameter(torch.empty(rows, width, dtype=config.params_dtype))
+        self.specs = {"weight": normal(variance)}
+
+    def forward(self, tokens: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """[B, T] -> [B, T, width], or [B, T / tensor, width] with sequence_parallel."""
+        x = super().forward(tokens)
+        return x.transpose(0, 1) if self.reduce_scatter_embeddings else x
+
+
+def _unused(weight: Tensor) -> None:
+    raise AssertionError("weights are drawn by LanguageModel.init_weights")

@@ -1,0 +1,180 @@
+"""The body of the matrix: a tiny model trained for some steps in some layout, and what came out of it."""
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from longscan.data.batch import IGNORED_LABEL, Batch
+from longscan.kernels.segments import Segments
+from longscan.models import LanguageModel
+from longscan.models.config import config_from_mapping, load_preset
+from longscan.parallel import Engine, OptimizerOptions, ParallelDims, make_backend
+
+VOCABULARY, TOKENS, STEPS, RATE = 33, 24, 5, 1e-2
+# An eps that keeps AdamW from blowing the rounding of tiny gradients up to whole steps.
+OPTIONS = OptimizerOptions(clip=0.5, weight_decay=0.1, eps=1e-2)
+
+# What is trained: preset and changes.
+FAMILIES = {
+    "griffin": ("griffin-tiny", {}),
+    "hawk": ("hawk-tiny", {"tie_embeddings": False, "embedding_scale": True, "logit_soft_cap": 5.0}),
+    "based": ("based-tiny", {}),
+    "alibi": ("alibi-tiny", {}),
+    "sinusoidal": (
+        "alibi-tiny",
+        {
+            "position_embedding": "sinusoidal",
+            "attention": {"heads": 4, "kv_heads": 2, "head_dim": 8, "position": "none"},
+        },
+    ),
+    "linearized": ("linearized-tiny", {}),
+}
+
+# How it is laid out: sizes of axes, options of the model. Without ZeRO in fp64, with it in fp32.
+_LAYOUTS = {
+    "cp2": ({"context": 2}, {}),
+    "cp3": ({"context": 3}, {}),
+    "cp4": ({"context": 4}, {}),
+    "cp2-recomputed": ({"context": 2}, {"activation_checkpoint": "full"}),
+    "tp2": ({"tensor": 2}, {}),
+    "tp2-sp": ({"tensor": 2, "sequence_parallel": True}, {}),
+    "tp4": ({"tensor": 4}, {}),
+    "tp2-cp2": ({"tensor": 2, "context": 2}, {}),
+    "tp2-sp-cp2": ({"tensor": 2, "context": 2, "sequence_parallel": True}, {}),
+    "tp2-sp-recomputed": ({"tensor": 2, "sequence_parallel": True}, {"activation_checkpoint": "full"}),
+    "dp2-cp2": ({"data": 2, "context": 2}, {}),
+    "dp2-tp2": ({"data": 2, "tensor": 2}, {}),
+    "cp2-zero1": ({"context": 2, "zero": 1}, {}),
+    "tp2-sp-zero1": ({"tensor": 2, "sequence_parallel": True, "zero": 1}, {}),
+    "tp2-cp2-zero1": ({"tensor": 2, "context": 2, "zero": 1}, {}),
+}
+
+LAYOUTS = {name: (ParallelDims(**{"zero": 0} | sizes), options) for name, (sizes, options) in _LAYOUTS.items()}
+TOLERANCES = {0: 1e-9, 1: 2e-5}
+
+# Lengths of the documents of the rows, micro-batch by micro-batch. Pieces of 2, 3 and 4 ranks end at 12, at 8 and 16,
+# and at 6, 12 and 18: documents begin exactly there, beside them, span three ranks, or leave a rank without a start.
+PACKED = [
+    [[12, 12], [3, 19, 2]],
+    [[8, 8, 8], [24]],
+    [[6, 6, 6, 6], [1, 10, 13]],
+    [[7, 10, 7], [17, 1, 1, 5]],
+]
+WHOLE = [[[TOKENS]] * 2] * 2
+
+
+def config_of(family):
+    """The family's ModelConfig."""
+    preset, changes = FAMILIES[family]
+    return config_from_mapping(load_preset(preset) | changes | {"vocab_size": VOCABULARY})
+
+
+def model_of(family, dims, **options):
+    """The family's model in fp64, divided as `dims` says, its weights drawn."""
+    config = config_of(family)
+    dims.validate(model=config, seq_lens=[TOKENS])
+    model = LanguageModel(config, make_backend(config, dims), **options)
+    model.init_weights(3)
+    return model.double()
+
+
+def batch_of(lengths, seed):
+    """Random tokens in rows of documents of those lengths, some labels masked."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(VOCABULARY, (len(lengths), TOKENS + 1), generator=generator)
+    labels = tokens[:, 1:].masked_fill(torch.rand(len(lengths), TOKENS, generator=generator) < 0.2, IGNORED_LABEL)
+    segments = Segments.from_lengths(lengths)
+    return Batch(tokens[:, :-1], labels, segments.cu_seqlens, segments.continues, segments.doc_start, (), 0.0)
+
+
+def batches_of(step, packed):
+    """The micro-batches of one step, of all replicas."""
+    lengths = PACKED[step % 2 :: 2] if packed else WHOLE
+    return [batch_of(rows, 100 * step + index) for index, rows in enumerate(lengths)]
+
+
+def train(family, packed, dims, device="cpu", precision="fp64", **options):
+    """{name: tensor} of every step's loss, gradient norm and gradients, and of the weights at the end; logical.
+
+    ZeRO shards gradients, and is fp32 or bf16: there they are not among what is found.
+    """
+    model = model_of(family, dims, **options)
+    exact = precision == "fp64" and not dims.zero
+    model = model if exact else model.float()
+    engine = Engine(model, dims, OPTIONS, "fp32" if precision == "fp64" else precision, device)
+    found = {}
+    gradients = {} if dims.zero else record_gradients(engine)
+    replica = torch.distributed.get_rank() // dims.replica_size if torch.distributed.is_initialized() else 0
+    for step in range(STEPS):
+        batches = batches_of(step, packed)
+        tokens = sum(batch.valid_tokens for batch in batches)
+        (loss,) = engine.sum(engine.forward_backward(batches[replica :: dims.data], tokens))
+        numbers = {"loss": loss / tokens, "norm": engine.update(RATE)}
+        found |= {f"{step}/{name}": torch.tensor(number, dtype=torch.float64) for name, number in numbers.items()}
+        found |= {f"{step}/{name}": logical(model, name, grad) for name, grad in gradients.items()}
+    found |= {f"weights/{name}": logical(model, name, p.detach()) for name, p in model.named_parameters()}
+    engine.close()
+    return {name: tensor.cpu() for name, tensor in found.items()}
+
+
+def train_plainly(family, packed):
+    """The same in one process with nothing but torch: whole logits, torch's cross entropy, clipping and AdamW."""
+    model = model_of(family, ParallelDims())
+    named, exempt, found = dict(model.named_parameters()), model.no_weight_decay(), {}
+    decays = {True: OPTIONS.weight_decay, False: 0.0}
+    groups = [
+        {"params": [p for n, p in named.items() if (n not in exempt) is decay], "weight_decay": decays[decay]}
+        for decay in (True, False)
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=RATE, betas=OPTIONS.betas, eps=OPTIONS.eps)
+    for step in range(STEPS):
+        batches = batches_of(step, packed)
+        loss = sum(plain_loss(model, batch) for batch in batches) / sum(batch.valid_tokens for batch in batches)
+        loss.backward()
+        found |= {f"{step}/{name}": p.grad.clone() for name, p in named.items()}
+        norm = torch.nn.utils.clip_grad_norm_(named.values(), OPTIONS.clip)
+        found |= {f"{step}/loss": loss.detach(), f"{step}/norm": norm}
+        optimizer.step()
+        optimizer.zero_grad()
+    return found | {f"weights/{name}": p.detach() for name, p in named.items()}
+
+
+def plain_loss(model, batch):
+    segments = Segments(batch.cu_seqlens, batch.continues, batch.doc_start)
+    logits = model(batch.inputs, segments).flatten(0, 1)
+    return cross_entropy(logits, batch.labels.flatten(), ignore_index=IGNORED_LABEL, reduction="sum")
+
+
+def record_gradients(engine):
+    """A dictionary that holds, after every update, the gradients it was taken with."""
+    optimizer, gradients = engine._optimizer, {}
+    apply = optimizer._apply
+
+    def recording(rate, norm):
+        gradients.update({optimizer._names[p]: grad.clone() for p, _, grad in optimizer._views()})
+        apply(rate, norm)
+
+    optimizer._apply = recording
+    return gradients
+
+
+def logical(model, name, tensor):
+    """The logical tensor of which this rank holds `tensor`, put together from its tensor ranks in rank order."""
+    shape = model.backend.logical(name, model.get_parameter(name)).shape
+    if shape == tuple(tensor.shape):
+        return tensor.clone()
+    parts = [None] * model.backend.size
+    torch.distributed.all_gather_object(parts, tensor.tolist(), group=model.backend.group)
+    divided = next(dim for dim, size in enumerate(tensor.shape) if size != shape[dim])
+    return torch.cat([torch.tensor(part, dtype=tensor.dtype) for part in parts], dim=divided)
+
+
+def worst(found, expected):
+    """The largest error of a tensor that was found, relative to its norm, and the tensor."""
+    assert found.keys() <= expected.keys()
+    errors = {}
+    for name in found:
+        tensor = expected[name]
+        size = torch.linalg.vector_norm(tensor).item()
+        errors[name] = torch.linalg.vector_norm(found[name] - tensor).item() / (size or 1.0)
+    name = max(errors, key=errors.__getitem__)
+    return errors[name], name
