@@ -145,9 +145,34 @@ def cross_entropy(rows: int, tokens: int, segments: Segments, dtype: torch.dtype
     differentiate(kernels.loss_from_pieces(pieces, labels, 1003, **options))
 
 
+def gate_projections(rows: int, tokens: int, segments: Segments, dtype: torch.dtype) -> None:
+    """Blocks whose side fills no tile, is kept whole, and is cut in groups, the last of them short."""
+    for side in (13, 160, 200):
+        shapes = ((rows, tokens, 2 * side), (2, side, side), (2 * side,), (2, side, side), (2 * side,))
+        inputs = [draw(*shape, dtype=dtype) for shape in shapes]
+        differentiate(kernels.gate_projections(*inputs, implementation=FORCED))
+
+
+def rotary(rows: int, tokens: int, segments: Segments, dtype: torch.dtype) -> None:
+    """Heads rotated whole, in part, and more of them than a tile."""
+    for heads, dim, angles in ((4, 16, 8), (5, 11, 3), (40, 64, 32)):
+        cos, sin = torch.rand(2, rows, tokens, angles, device=DEVICE)
+        differentiate(kernels.rotary(draw(rows, tokens, heads, dim, dtype=dtype), cos, sin))
+
+
 # The kernel itself where auto might take a maintained one.
 FORCED = "triton" if DEVICE == "cuda" else "auto"
-OPS = (attention, cross_entropy, linear_attention, linear_scan, rg_lru, short_conv, taylor_attention)
+OPS = (
+    attention,
+    cross_entropy,
+    gate_projections,
+    linear_attention,
+    linear_scan,
+    rg_lru,
+    rotary,
+    short_conv,
+    taylor_attention,
+)
 NAMES = tuple(op.__name__ for op in OPS)
 
 

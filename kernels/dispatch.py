@@ -58,7 +58,7 @@ def resolve(implementation: str, op: str, device: torch.device, dtype: torch.dty
         if reason:
             raise CannotRun(f"{op}: implementation='triton' cannot run: {reason}")
     if not torch.compiler.is_compiling():
-        _log(op, device.type, dtype, implementation, chosen)
+        log_choice(op, device.type, dtype, implementation, chosen)
     return chosen
 
 
@@ -75,5 +75,6 @@ def _why_not_triton(op: str, device_type: str, dtype: torch.dtype) -> str | None
 
 
 @functools.cache
-def _log(op: str, device_type: str, dtype: torch.dtype, asked: str, chosen: str) -> None:
+def log_choice(op: str, device_type: str, dtype: torch.dtype, asked: str, chosen: str) -> None:
+    """Logs, the first time, what runs an op and what was asked for."""
     logger.info("%s on %s in %s: %s (asked: %s)", op, device_type, str(dtype).removeprefix("torch."), chosen, asked)

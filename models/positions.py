@@ -1,4 +1,4 @@
-"""How positions enter: rotations of queries and keys, sinusoids added to embeddings, ALiBi's slopes.
+"""How positions enter: the angles of rotations, sinusoids added to embeddings, ALiBi's slopes.
 
 Positions are counted from the document's start, so none of this knows of rows, pieces or ranks.
 """
@@ -10,8 +10,6 @@ import functools
 import torch
 from torch import Tensor
 
-from ..kernels import rotary
-
 
 def rotary_table(positions: Tensor, dims: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin [..., dims / 2] of `position * base^(-2 i / dims)` for positions [...].
@@ -21,11 +19,6 @@ def rotary_table(positions: Tensor, dims: int, base: float, dtype: torch.dtype) 
     exponents = torch.arange(0, dims, 2, device=positions.device, dtype=torch.float64) / dims
     angles = positions[..., None].double() * base**-exponents
     return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [B, T, H, K] with its first `2 * cos.shape[-1]` dims rotated, dim i with dim i + half of them."""
-    return rotary(x, cos, sin)
 
 
 def sinusoids(positions: Tensor, width: int, dtype: torch.dtype) -> Tensor:

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_segments, check_tensor
-from ..dispatch import _log as log_choice
-from ..dispatch import resolve
+from ..dispatch import log_choice, resolve
 from ..segments import Segments
 from . import reference, sdpa
 from .scoring import Scoring, statistics_shape

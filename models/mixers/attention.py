@@ -7,11 +7,11 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from ...kernels import attention
+from ...kernels import attention, rotary
 from ..backend import Backend
 from ..config import AttentionConfig, ModelConfig
 from ..norm import wide
-from ..positions import alibi_slopes, rotary_table, rotate
+from ..positions import alibi_slopes, rotary_table
 from ..sequence import SequenceContext
 from .mixer import Mixer
 
@@ -68,7 +68,8 @@ class Attention(Mixer):
         if self.rotary_dims == 0:
             return q, k, v
         cos, sin = rotary_table(positions, self.rotary_dims, self.rope_base, wide(x).dtype)
-        return rotate(q, cos, sin), rotate(k, cos, sin), v
+        q, k = (rotary(t, cos, sin, implementation=self.implementation) for t in (q, k))
+        return q, k, v
 
     def _slopes(self, device: torch.device) -> Tensor | None:
         """This rank's part of the slopes of all heads."""

@@ -110,18 +110,14 @@ class LinearizedAttention(Attention):
         return attention(q, keys, values, **where, window=self.group, key_offset=-halo)
 
     def _across(self, q: Tensor, k: Tensor, v: Tensor, seq: SequenceContext) -> Tensor:
-        """The global branch [B, T, H, K].
-
-        A document's first group has nothing before it. Its zeros are cut off: through 0 / (0 + eps) their gradients
-        would be 1 / eps large and cancel to rounding only, between the two sums of the state that entered.
-        """
+        """The global branch [B, T, H, K]; 0 in a document's first group, which has nothing before it."""
         k, v = (self._repeat(t) if self.projected else t for t in (k, v))
         q, k = self._map(q, k)
         where = {"segments": seq.segments, "implementation": self.implementation}
         state = seq.initial_state("state", lambda: linear_attention_summarize(k, v, **where, **self.options))
         y, final_state = linear_attention(q, k, v, None, state, **where, **self.options)
         seq.leave("state", final_state)
-        return y.masked_fill((seq.segments.positions < self.group)[:, :, None, None], 0)
+        return y
 
     def _map(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Features [..., H, F] of queries and keys [..., H, K]."""

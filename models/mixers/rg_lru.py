@@ -61,8 +61,7 @@ class RGLRU(Mixer):
         u, _ = short_conv(
             x_branch, self.conv_weight, self.conv_bias, tail, seq.segments, implementation=self.implementation
         )
-        # Weight, then bias, of each.
-        weights = (*self.gate_a.parameters(), *self.gate_x.parameters())
+        weights = [gate.get_parameter(name) for gate in (self.gate_a, self.gate_x) for name in ("weight", "bias")]
         gate_a, gate_x = gate_projections(u, *weights, implementation=self.implementation)
         gates = (u, gate_a, gate_x, wide(self.a_param))
         options = {"segments": seq.segments, "implementation": self.implementation}

@@ -44,7 +44,8 @@ class TaylorAttention(Mixer):
     def step(self, x: Tensor, carry: dict[str, Tensor], position: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """One token's ([B, D], next carry)."""
         state = carry["state"].masked_fill((position == 0)[:, None, None, None], 0)
-        y, state = taylor_attention_step(*self._project(x), state, **self.options)
+        options = {**self.options, "implementation": self.implementation}
+        y, state = taylor_attention_step(*self._project(x), state, **options)
         return self.output(y.flatten(1)), {"state": state}
 
     def init_carry(self, batch: int, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:

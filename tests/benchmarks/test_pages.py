@@ -37,7 +37,7 @@ def test_the_page_tells_what_was_promised_and_every_time(results):
     assert "| rg_lru (1, 32768, 2560) | x floor |  | 1.2 |  | 1.35 | not measured |" in page
     assert "| rg_lru: _forward | 0 |" in page
     assert "memcheck errors, errors, at most 0" in page
-    assert "| rg_lru | `FORWARD` | `Tile(" in page
+    assert "| rg_lru | `FORWARD` | `(Tile(" in page
     assert "prepare" not in page
     assert "prepare" in report.page()
     assert "linear_scan" not in report.page()

@@ -5,6 +5,7 @@ import pytest
 from longscan.benchmarks import profile_kernels, sanitize
 from longscan.benchmarks.profile_kernels import Launch, launches_in, note, our_kernels, together
 from longscan.benchmarks.sanitize import errors_in
+from longscan.kernels.dispatch import KERNELS
 
 MEMCHECK = """========= COMPUTE-SANITIZER
 ========= Invalid __global__ write of size 2 bytes
@@ -56,6 +57,10 @@ def test_findings_are_recorded_by_kernel(errors, clean, monkeypatch):
 def test_a_run_without_kernels_is_not_clean(monkeypatch):
     monkeypatch.setattr(sanitize, "record", lambda *_: pytest.fail("nothing was found"))
     assert not sanitize.note(sanitize.Finding("rg_lru", [], sanitize.Counter()), "memcheck")
+
+
+def test_every_op_with_a_kernel_has_cases():
+    assert set(sanitize.NAMES) == set(KERNELS)
 
 
 @pytest.mark.parametrize("name", sanitize.NAMES)

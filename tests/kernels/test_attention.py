@@ -256,7 +256,7 @@ def test_plain_causal_goes_to_cudnn(shape, caplog):
     assert not sdpa.covers(*there, plain), "its gradients have other bits each time"
     own = with_gradients(lambda *a: attention(*a, implementation="triton"), there)
     torch.use_deterministic_algorithms(False)
-    dispatch._log.cache_clear()
+    dispatch.log_choice.cache_clear()
     assert sdpa.covers(*there, plain)
     assert not any(sdpa.covers(*there, plain._replace(**{k: v})) for k, v in [("window", 9), ("key_offset", -1)])
     with caplog.at_level("INFO", logger="longscan"):

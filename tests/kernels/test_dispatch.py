@@ -57,7 +57,7 @@ def test_unknown_implementation():
 
 
 def test_each_choice_is_logged_once(caplog):
-    dispatch._log.cache_clear()
+    dispatch.log_choice.cache_clear()
     with caplog.at_level(logging.INFO, logger=dispatch.logger.name):
         for _ in range(3):
             dispatch.resolve("auto", "linear_scan", CPU, torch.float32)

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from longscan.kernels import Segments
+from longscan.kernels import Segments, rotary
 from longscan.models import LanguageModel
-from longscan.models.positions import alibi_slopes, rotary_table, rotate, sinusoids
+from longscan.models.positions import alibi_slopes, rotary_table, sinusoids
 
 
 def test_scores_depend_on_distance_alone_however_far():
@@ -16,7 +16,7 @@ def test_scores_depend_on_distance_alone_however_far():
 
     def score(position: int) -> float:
         tables = [rotary_table(torch.tensor([[p]]), 64, 10000.0, torch.float32) for p in (position + 37, position)]
-        return (rotate(q, *tables[0]) * rotate(k, *tables[1])).sum().item()
+        return (rotary(q, *tables[0]) * rotary(k, *tables[1])).sum().item()
 
     assert abs(score(1_000_000) - score(0)) < 1e-4
 

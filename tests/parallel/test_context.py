@@ -67,7 +67,7 @@ def probe_family(family, dims):
     labels[:, SECOND] = batch.inputs.roll(-1, 1)[:, SECOND]
     batch = replace(batch, labels=labels)
     before, earlier, later = (observe(engine, with_token(batch, at)) for at in (None, PROBED, LATE))
-    begin = dims.context and engine._loss.group.rank() * before["hidden"].shape[1]
+    begin = dims.context and engine._loss.context.rank() * before["hidden"].shape[1]
     position = begin + torch.arange(before["hidden"].shape[1])
     moved = {name: (seen["hidden"] != before["hidden"]).any(-1)[0] for name, seen in (("1", earlier), ("late", later))}
     kept = {

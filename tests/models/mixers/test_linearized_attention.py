@@ -6,12 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from longscan.kernels import Segments
+from longscan.kernels import Segments, rotary
 from longscan.models import LocalBackend, LocalContext
 from longscan.models.mixers import LinearizedAttention
 from longscan.models.mixers.linearized_attention import groups_of
 from longscan.models.parameters import init_parameters
-from longscan.models.positions import rotary_table, rotate
+from longscan.models.positions import rotary_table
 
 HEADS, DIMS, GROUP, TAPS = 4, 8, 3, 4
 MAPS = {
@@ -35,7 +35,7 @@ def by_hand(mixer: LinearizedAttention, x: torch.Tensor, feature_map: str, local
     tokens = len(x)
     q, k, v = ((x @ layer.weight.T).unflatten(1, (-1, DIMS)) for layer in (mixer.query, mixer.key, mixer.value))
     cos, sin = rotary_table(torch.arange(tokens)[None], DIMS, 10000.0, x.dtype)
-    q, k = rotate(q[None], cos, sin)[0], rotate(k[None], cos, sin)[0]
+    q, k = rotary(q[None], cos, sin)[0], rotary(k[None], cos, sin)[0]
     k, v = (t.repeat_interleave(HEADS // t.shape[1], 1) for t in (k, v))
     at = torch.arange(tokens)
     group = at // GROUP

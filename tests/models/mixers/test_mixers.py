@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from longscan.kernels import Segments
-from longscan.models import LocalContext
-from longscan.models.mixers import Mixer
+from longscan.models import LocalBackend, LocalContext
+from longscan.models.mixers import MIXERS, Mixer
 
 WIDTH, TOKENS = 32, 31
 
@@ -96,6 +96,14 @@ def test_forward_equals_steps(make_mixer, segments):
     _, after_whole = mixer.step(x[:, 0], carry, segments.positions[:, -1] + 1)
     for name in after_whole:
         torch.testing.assert_close(after_step[name], after_whole[name], rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", ["attention", "linearized_attention", "local_attention", "taylor_attention"])
+def test_a_step_takes_the_implementation_asked_for(make_config, name):
+    mixer = MIXERS[name](make_config(pattern=[name]), LocalBackend(), "fast")
+    carry = mixer.init_carry(2, torch.device("cpu"), torch.float32)
+    with pytest.raises(ValueError, match="implementation='fast'"):
+        mixer.step(inputs(torch.float32)[:, 0], carry, torch.zeros(2, dtype=torch.int64))
 
 
 def test_packed_equals_separate(make_mixer):
