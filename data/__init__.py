@@ -14,7 +14,7 @@ from .packing import PACKINGS, PackingReport
 from .prepare import PrepareReport, prepare_corpus
 from .row_plan import Cursor, DataPlan, Row, Stage
 from .streams import Piece, Pieces
-from .tokenizer import Tokenizer, corpus_tokenizer, load_tokenizer
+from .tokenizer import Tokenizer, corpus_tokenizer, load_tokenizer, open_tokenizer, save_tokenizer
 
 if TYPE_CHECKING:
     from .batch import IGNORED_LABEL, Batch
@@ -59,8 +59,10 @@ __all__ = [
     "is_url",
     "load_tokenizer",
     "open_corpus",
+    "open_tokenizer",
     "prepare_corpus",
     "row_digest",
+    "save_tokenizer",
 ]
 
 

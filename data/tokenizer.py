@@ -7,17 +7,21 @@ Encoding gives the text's own tokens and nothing else: no special token is added
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
+from ..durable import write_durably
 from ..errors import ConfigError
 from .index import Corpus, TokenizerInfo, read_url
 
 TOKENIZER_FILE = "tokenizer.json"
+INFO_FILE = "info.json"
 BYTES = TokenizerInfo(kind="bytes", file=None, vocab_size=257, bos_id=256, eos_id=256, fingerprint="bytes")
 
 _EOS_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")
@@ -74,7 +78,7 @@ class HuggingFaceTokenizer(Tokenizer):
     def __init__(self, content: bytes, info: TokenizerInfo):
         from tokenizers import Tokenizer as Engine
 
-        self.info = info
+        self.info, self.content = info, content
         self._engine = Engine.from_str(content.decode())
         self._engine.no_truncation()
         self._engine.no_padding()
@@ -144,6 +148,32 @@ def corpus_tokenizer(corpus: Corpus) -> Tokenizer:
         raise ConfigError(f"cannot read {where}: {error}; the corpus is incomplete, prepare it again.") from error
     if _fingerprint(content) != info.fingerprint:
         raise ConfigError(f"{where} is not the tokenizer that made the corpus ({info.fingerprint}); put that one back.")
+    return HuggingFaceTokenizer(content, info)
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Puts into `folder` what `open_tokenizer` needs, unless it is there."""
+    if (folder / INFO_FILE).exists():
+        return
+    folder.mkdir(exist_ok=True)
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        write_durably(folder / TOKENIZER_FILE, tokenizer.content)
+    write_durably(folder / INFO_FILE, json.dumps(asdict(tokenizer.info)).encode())
+
+
+def open_tokenizer(folder: Path) -> Tokenizer:
+    """Returns the tokenizer that `save_tokenizer` put into `folder`; ConfigError where it is not whole."""
+    try:
+        info = TokenizerInfo(**json.loads((folder / INFO_FILE).read_bytes()))
+        content = b"" if info.kind == "bytes" else (folder / TOKENIZER_FILE).read_bytes()
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(
+            f"cannot read the tokenizer in {folder}: {error}; copy it from the run it belongs to."
+        ) from error
+    if info.kind == "bytes":
+        return ByteTokenizer()
+    if _fingerprint(content) != info.fingerprint:
+        raise ConfigError(f"{folder / TOKENIZER_FILE} is not {info.fingerprint}; copy it from the run it belongs to.")
     return HuggingFaceTokenizer(content, info)
 
 

@@ -166,6 +166,11 @@ class RunFolder:
         return self.path / "tensorboard"
 
     @property
+    def tokenizer(self) -> Path:
+        """The tokenizer the model was trained with, so that the run can be read without its corpus."""
+        return self.path / "tokenizer"
+
+    @property
     def evals(self) -> Path:
         """Results of evaluations."""
         return self.path / "evals"

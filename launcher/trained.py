@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from ..data import Corpus, Tokenizer, corpus_tokenizer, open_corpus
+from ..data import Corpus, Tokenizer, open_corpus, open_tokenizer
 from ..errors import ConfigError, UserError
 from ..models import LanguageModel
 from ..models import generate as generate_tokens
@@ -28,7 +28,6 @@ class TrainedModel:
 
     model: LanguageModel
     config: Config
-    corpus: Corpus
     tokenizer: Tokenizer
     folder: RunFolder
     checkpoint: Path
@@ -42,6 +41,17 @@ class TrainedModel:
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.model.parameters()).device
+
+    def open_corpus(self, path: str | None = None) -> Corpus:
+        """The corpus at `path`, else the one it was trained on; ConfigError where another tokenizer prepared it."""
+        opened = open_corpus(path or self.config.data.corpora[0].path)
+        if opened.tokenizer.fingerprint != self.tokenizer.info.fingerprint:
+            raise ConfigError(
+                f"{opened.location} was prepared with tokenizer {opened.tokenizer.fingerprint}, but the model of "
+                f"{self.folder.path} was trained with {self.tokenizer.info.fingerprint}; name the corpus it was "
+                "trained on, or one prepared with its tokenizer."
+            )
+        return opened
 
     def sample(
         self, prompt: str, tokens: int, *, temperature: float, top_p: float, top_k: int, seed: int
@@ -67,27 +77,25 @@ class TrainedModel:
         return decode_stream(self.tokenizer, sampled)
 
 
-def open_trained(path: Path, device: str = "auto", corpus: str | None = None) -> TrainedModel:
-    """The model of the run folder or checkpoint at `path`; `corpus` stands in for the one it was trained on.
+def open_trained(path: Path, device: str = "auto") -> TrainedModel:
+    """The model of the run folder or checkpoint at `path`; its corpus need not be there.
 
     A run folder gives its newest checkpoint that verifies. Weights are fp32 on a CPU, in the run's precision on a GPU.
     """
     folder, chosen = find_checkpoint(Path(path))
     meta = checkpoints.read_manifest(chosen).meta
     config = from_mapping(meta["config"])
-    opened = open_corpus(corpus or config.data.corpora[0].path)
-    tokenizer = corpus_tokenizer(opened)
+    tokenizer = open_tokenizer(folder.tokenizer)
     if tokenizer.info.fingerprint != meta["tokenizer"]:
         raise ConfigError(
-            f"{opened.location} was prepared with tokenizer {tokenizer.info.fingerprint}, but the model of "
-            f"{folder.path} was trained with {meta['tokenizer']}; name the corpus it was trained on, or one prepared "
-            "with its tokenizer."
+            f"{folder.tokenizer} holds {tokenizer.info.fingerprint}, but {chosen} was trained with "
+            f"{meta['tokenizer']}; put that one back."
         )
     where = choose_device(device)
     dtype = torch.bfloat16 if where.type == "cuda" and config.precision != "fp32" else torch.float32
     model = LanguageModel(config.model, implementation=config.run.implementation).to(where, dtype)
     checkpoints.load_weights(chosen, model)
-    return TrainedModel(model.eval().requires_grad_(False), config, opened, tokenizer, folder, chosen)
+    return TrainedModel(model.eval().requires_grad_(False), config, tokenizer, folder, chosen)
 
 
 def decode_stream(tokenizer: Tokenizer, ids: Iterator[int]) -> Iterator[str]:

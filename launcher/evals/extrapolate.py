@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ...data import Corpus
 from ...errors import ConfigError
 from ...kernels import Segments
 from ...models import LanguageModel
@@ -50,9 +51,10 @@ def evaluate(
     budget = count_of(tokens, "--tokens")
     if budget < 1:
         raise ConfigError(f"--tokens is {tokens}; give how many held-out tokens to score, say 64Ki.")
-    trained = open_trained(run, device, corpus)
+    trained = open_trained(run, device)
+    opened = trained.open_corpus(corpus)
     target = results_folder(output or trained.folder.evals)
-    result = extrapolate(trained, wanted, budget)
+    result = extrapolate(trained, opened, wanted, budget)
     return result, save(result, target)
 
 
@@ -67,22 +69,22 @@ def parse_lengths(text: str) -> list[int]:
     return lengths
 
 
-def extrapolate(trained: TrainedModel, lengths: list[int], tokens: int) -> Extrapolation:
-    """The scores at each length and of the baselines, on about `tokens` tokens of held-out text."""
+def extrapolate(trained: TrainedModel, corpus: Corpus, lengths: list[int], tokens: int) -> Extrapolation:
+    """The scores at each length and of the baselines, on about `tokens` tokens of the corpus's held-out text."""
     cache = make_cache(trained.config)
-    text = choose_text(trained.corpus, trained.tokenizer, lengths[-1], tokens, cache)
+    text = choose_text(corpus, trained.tokenizer, lengths[-1], tokens, cache)
     return Extrapolation(
         run=str(trained.folder.path),
         step=trained.step,
         parameters=num_params(trained.config.model),
-        corpus=trained.corpus.location,
+        corpus=corpus.location,
         device=str(trained.device),
         trained_lengths=sorted({stage.seq_len for stage in trained.config.stages}),
         text=text.kind,
         tokens=text.tokens,
         text_bytes=text.text_bytes,
         lengths=[score(trained.model, text, length) for length in lengths],
-        baselines=score_baselines(trained.corpus, trained.tokenizer, text.bytes_scored, cache),
+        baselines=score_baselines(corpus, trained.tokenizer, text.bytes_scored, cache),
     )
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...data import Batch, Corpus, Cursor, RowLoader
+from ...data import Batch, Corpus, Cursor, RowLoader, corpus_tokenizer, save_tokenizer
 from ...errors import UserError
 from ...models import LanguageModel, flops_per_token, num_params
 from ...parallel import Engine, OptimizerOptions, make_backend, process_group
@@ -106,6 +106,8 @@ class Trainer:
         """Makes rows, model, engine and writers; `stack` closes what must be closed."""
         config = self.config
         self.corpora: list[Corpus] = open_corpora(config)
+        if self.is_first:
+            save_tokenizer(corpus_tokenizer(self.corpora[0]), self.folder.tokenizer)
         self.plan = make_plan(config, self.corpora, self.schedule)
         self.loader = RowLoader(self.plan, pin_memory=self.device.type == "cuda")
         self.validation = Validation(config, self.corpora)

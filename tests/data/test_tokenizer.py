@@ -9,7 +9,7 @@ import tokenizers
 from longscan.data import tokenizer as module
 from longscan.data.bpe import train_byte_level_bpe
 from longscan.data.index import Corpus
-from longscan.data.tokenizer import corpus_tokenizer, load_tokenizer
+from longscan.data.tokenizer import corpus_tokenizer, load_tokenizer, open_tokenizer, save_tokenizer
 from longscan.errors import ConfigError
 
 TEXTS = ["the cat sat on the mat\n", "naïve café ☕ 漢字\n\n", "def f(x):\n    return x + 1\n"] * 40
@@ -151,3 +151,20 @@ def test_a_corpus_gives_its_tokenizer_back(bpe_file):
     other = Corpus(str(bpe_file.parent), type(info)(**{**vars(info), "fingerprint": "0"}), "uint16", {})
     with pytest.raises(ConfigError, match="not the tokenizer that made"):
         corpus_tokenizer(other)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "huggingface"])
+def test_a_saved_tokenizer_comes_back_and_says_when_it_is_not_itself(kind, tmp_path, bpe_file):
+    tokenizer = load_tokenizer("bytes" if kind == "bytes" else str(bpe_file))
+    save_tokenizer(tokenizer, tmp_path / "kept")
+    again = open_tokenizer(tmp_path / "kept")
+    assert again.info == tokenizer.info
+    assert (again.encode("the mat") == tokenizer.encode("the mat")).all()
+    file = tmp_path / "kept" / "info.json"
+    file.write_text(file.read_text().replace(tokenizer.info.fingerprint, "another"))
+    if kind == "huggingface":
+        with pytest.raises(ConfigError, match="is not another"):
+            open_tokenizer(tmp_path / "kept")
+    file.unlink()
+    with pytest.raises(ConfigError, match="cannot read the tokenizer in .*kept"):
+        open_tokenizer(tmp_path / "kept")

@@ -202,6 +202,15 @@ def test_extrapolate_writes_its_results_beside_the_table(trained, longscan):
     assert code == 2
 
 
+def test_a_run_generates_without_its_corpus(trained, corpus, longscan):
+    away = corpus.rename(corpus.with_name("away"))
+    try:
+        code, out, err = longscan("generate", trained, "def", "--tokens", "3")
+    finally:
+        away.rename(corpus)
+    assert (code, out[:3]) == (0, "def"), err
+
+
 def test_a_corpus_of_another_tokenizer_is_refused(trained, longscan, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("some words " * 200)
