@@ -100,10 +100,10 @@ class RunFolder:
     def create(path: str | os.PathLike[str], *, fresh: bool = False) -> RunFolder:
         """The run folder at `path`, made if it is not there, entered if it holds a run.
 
-        With `fresh` a folder that holds a run is refused; a folder that holds something else always is.
+        With `fresh` a folder whose run took a step is refused; a folder that holds something else always is.
         """
         folder = RunFolder(Path(path))
-        if folder.exists and fresh:
+        if fresh and folder.exists and folder.began:
             raise ConfigError(
                 f"{path} already holds a run and --fresh never overwrites one; "
                 "choose another folder with --run, or leave out --fresh to resume it."
@@ -134,6 +134,11 @@ class RunFolder:
     def exists(self) -> bool:
         """Whether a run was ever started here."""
         return (self.path / "config.yaml").is_file()
+
+    @property
+    def began(self) -> bool:
+        """Whether the run took a step; one that failed before has only its configuration."""
+        return self.metrics.path.is_file() or (self.checkpoints.is_dir() and any(self.checkpoints.iterdir()))
 
     @property
     def config_file(self) -> Path:

@@ -25,7 +25,9 @@ def test_a_new_folder_has_its_rooms(folder):
     assert RunFolder.create(folder.path) == folder
 
 
-def test_fresh_refuses_what_exists_and_takes_what_does_not(folder, tmp_path):
+def test_fresh_refuses_a_run_that_took_a_step_and_takes_what_took_none(folder, tmp_path):
+    assert RunFolder.create(folder.path, fresh=True) == folder
+    folder.metrics.append({"step": 1})
     with pytest.raises(ConfigError, match="already holds a run and --fresh never overwrites"):
         RunFolder.create(folder.path, fresh=True)
     RunFolder.create(tmp_path / "two", fresh=True)
