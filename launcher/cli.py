@@ -255,6 +255,99 @@ def generate(
     sys.stdout.write("\n")
 
 
+@app.command(no_args_is_help=True)
+def plan(
+    config: ConfigName,
+    overrides: Overrides = None,
+    gpus: Annotated[
+        int | None, typer.Option(min=1, help="GPUs to lay it out on; with --simulate the most, 4096 by default.")
+    ] = None,
+    gpu: Annotated[str, typer.Option(help="Which GPU: a100-40gb, a100, l40s, h100, h200 or b200.")] = "h100",
+    simulated: Annotated[
+        bool, typer.Option("--simulate", help="Simulate steps on 8 GPUs and more, each with its best layout.")
+    ] = False,
+    lengths: Annotated[str, typer.Option(help="--simulate: row lengths in tokens.")] = "32Ki,128Ki,256Ki,1Mi",
+    node: Annotated[int, typer.Option(min=1, help="--simulate: GPUs of a node.")] = 8,
+    intra_bandwidth: Annotated[
+        float, typer.Option(min=0, help="--simulate: GB/s between GPUs of a node; 0 = the data sheet's, less 20 %.")
+    ] = 0.0,
+    inter_bandwidth: Annotated[
+        float, typer.Option(min=0.001, help="--simulate: GB/s of a GPU's network adapter.")
+    ] = 45.0,
+    intra_latency: Annotated[float, typer.Option(min=0, help="--simulate: microseconds of a message in a node.")] = 3.0,
+    inter_latency: Annotated[float, typer.Option(min=0, help="--simulate: microseconds between nodes.")] = 8.0,
+    overlap: Annotated[
+        float, typer.Option(min=0, max=1, help="--simulate: share of a micro-batch that hides gradients' reduction.")
+    ] = 0.0,
+    measured: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="--simulate: recorded figures of the kernels to simulate with.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="--simulate: draw the result into this PNG, a new file.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Lay a run out on GPUs on paper: which rank holds what, how many bytes, whether they are there.
+
+    Nothing is built or started, and no corpus is needed. Where it does not fit, the nearest layouts that do are named.
+    With --simulate, how fast a step would be on 8 to 4096 GPUs, and what ends the scaling.
+
+    ```sh
+    longscan plan griffin-1.3b --gpus 8 parallel.context=4
+    longscan plan griffin-1.3b --simulate --measured benchmarks/results/kernels-h100.jsonl
+    ```
+    """
+    if not simulated:
+        from .plan_report import PlanReport
+
+        _print(PlanReport.of(config, overrides or (), gpus, gpu), as_json)
+        return
+    from ..parallel.plan import Cluster, find_gpu
+    from .evals.extrapolate import parse_lengths
+    from .study_report import StudyReport
+
+    bandwidths = {"intra_bandwidth": 1e9 * intra_bandwidth, "inter_bandwidth": 1e9 * inter_bandwidth}
+    latencies = {"intra_latency": 1e-6 * intra_latency, "inter_latency": 1e-6 * inter_latency}
+    cluster = Cluster(find_gpu(gpu), node, **bandwidths, **latencies)
+    report = StudyReport.of(config, overrides or (), gpus, parse_lengths(lengths), cluster, measured, overlap)
+    _print(report, as_json)
+    if plot:
+        _note(f"wrote {report.plot(plot)}")
+
+
+@app.command(no_args_is_help=True)
+def convert(
+    source: Annotated[
+        Path, typer.Argument(metavar="SOURCE", help="A model's folder, a run folder, or one checkpoint in it.")
+    ],
+    target: Annotated[Path, typer.Argument(metavar="TARGET", help="Folder to make; it must not exist.")],
+    to: Annotated[
+        str | None, typer.Option(help="huggingface or longscan, to be sure of the direction the source gives.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="fp32, bf16 or fp16, for huggingface; as the weights came by default.")
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="bytes or a tokenizer.json, for a source that holds none.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Turn a Hugging Face model into a run folder, or a checkpoint into a Hugging Face model.
+
+    Reads and writes safetensors from and to disk, one tensor at a time. RecurrentGemma, Llama and BLOOM; what does not
+    fit is said before anything is written.
+
+    ```sh
+    longscan convert recurrentgemma-2b griffin-2b
+    longscan train griffin-2b data.corpora=corpus 'stages=[{seq_len: 8192, tokens: 1B}]' --init-from griffin-2b
+    longscan convert runs/griffin-2b my-recurrentgemma --dtype bf16
+    ```
+    """
+    from .converting import convert as convert_model
+
+    _print(convert_model(source, target, to, dtype, tokenizer), as_json)
+
+
 @app.command("config")
 def show_config(
     config: Annotated[
@@ -281,6 +374,23 @@ def show_config(
         raise typer.BadParameter("name a configuration, or ask for --keys", param_hint="CONFIG")
     else:
         _print(ConfigReport.of(config, overrides or ()), as_json)
+
+
+@app.command()
+def models(as_json: AsJson = False) -> None:
+    """List the model presets: size beside the published one, FLOPs a token, bytes that generation keeps.
+
+    Sizes are those with the published vocabulary, else with the bytes'. `model.preset=NAME` in a configuration takes a
+    preset; keys beside it change it.
+
+    ```sh
+    longscan models
+    longscan train small model.preset=hawk-small data.corpora=corpus
+    ```
+    """
+    from .models_report import ModelsReport
+
+    _print(ModelsReport.of_all(), as_json)
 
 
 @app.command()

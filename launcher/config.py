@@ -101,9 +101,12 @@ class ParallelConfig:
     data: int = option(0, "replicas (0: as many as the workers allow)", at_least=0)
     context: int = option(1, "workers that share one row, a contiguous piece each", at_least=1)
     tensor: int = option(1, "workers that share each layer", at_least=1)
-    pipeline: int = option(1, "workers that hold consecutive layers", at_least=1)
+    pipeline: int = option(1, "workers that share the stack of layers", at_least=1)
     zero: int = option(1, "DeepSpeed ZeRO stage", at_least=0, at_most=3)
     sequence_parallel: bool = option(False, "split norms and residuals over the tensor workers")
+    offload_optimizer: bool = option(False, "keep optimizer state in host memory and compute updates there (zero >= 1)")
+    interleave: int = option(1, "runs of layers a pipeline worker holds; more idle less and send more", at_least=1)
+    stage_layers: list[int] = option([], "layers of each run, pipeline x interleave numbers (empty: dealt evenly)")
 
 
 @dataclass
@@ -144,6 +147,11 @@ class RunConfig:
     threads: int = option(0, "CPU threads a worker (0: the cores shared among the workers)", at_least=0)
     deterministic: bool = option(False, "bit-for-bit repeatable; refuses what cannot be")
     implementation: str = option("auto", "kernels", choices=("auto", "reference", "triton"))
+    activation_checkpoint: str = option(
+        "none",
+        "what a block computes again in the backward pass: nothing, its MLP (selective) or all of it",
+        choices=("none", "selective", "full"),
+    )
     timeout_seconds: float = option(300.0, "how long a worker waits for the others before it gives up", above=0)
     max_loss_ratio: float = option(3.0, "stop when the loss is this many times its recent mean (0: off)", at_least=0)
 

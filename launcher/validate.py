@@ -86,7 +86,9 @@ def parallel_dims(config: Config, workers: int) -> ParallelDims:
     """The layout of the run over that many workers."""
     from ..parallel.dims import ParallelDims
 
-    return ParallelDims(**{**dataclasses.asdict(config.parallel), "data": workers // replica_size(config)})
+    options = dataclasses.asdict(config.parallel)
+    options |= {"data": workers // replica_size(config), "stage_layers": tuple(config.parallel.stage_layers)}
+    return ParallelDims(**options)
 
 
 def stage_micro_rows(config: Config, stage: StageConfig) -> int:

@@ -30,7 +30,7 @@ from .config import (
 if TYPE_CHECKING:
     from .backend import Backend, LocalBackend
     from .generate import generate
-    from .language_model import LanguageModel
+    from .language_model import LanguageModel, Part
     from .sequence import Carry, LocalContext, SequenceContext
 
 # What needs torch comes when it is first asked for: a configuration is read and refused seconds sooner without it.
@@ -40,6 +40,7 @@ _NEED_TORCH = {
     "LanguageModel": "language_model",
     "LocalBackend": "backend",
     "LocalContext": "sequence",
+    "Part": "language_model",
     "SequenceContext": "sequence",
     "generate": "generate",
 }
@@ -55,6 +56,7 @@ __all__ = [
     "LocalContext",
     "MLPConfig",
     "ModelConfig",
+    "Part",
     "RGLRUConfig",
     "SequenceContext",
     "ShortConvConfig",

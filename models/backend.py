@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import linear_cross_entropy
-from .norm import RMSNorm
+from .norm import NORMS
 from .parameters import Logical, normal, whole, zeros
 
 
@@ -37,7 +37,7 @@ class Backend(Protocol):
         """The part of x [B, T, ...] that belongs to the tokens of this rank's residual stream."""
         ...
 
-    def norm(self, width: int, eps: float) -> nn.Module:
+    def norm(self, kind: str, width: int, eps: float) -> nn.Module:
         """The norm between the residual stream, of which a rank may hold a part, and layers that see every token."""
         ...
 
@@ -89,9 +89,9 @@ class LocalBackend:
         """All of it."""
         return x
 
-    def norm(self, width: int, eps: float) -> nn.Module:
+    def norm(self, kind: str, width: int, eps: float) -> nn.Module:
         """A plain norm."""
-        return RMSNorm(width, eps)
+        return NORMS[kind](width, eps)
 
     def column_linear(self, inputs: int, outputs: int, bias: bool, variance: float) -> nn.Module:
         """A plain linear."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +27,19 @@ from .mixer_config import (
 )
 
 ACTIVATIONS = ("gelu", "silu")
+PLAIN_ACTIVATIONS = (*ACTIVATIONS, "relu")
+NORMS = ("rms", "layer")
 POSITION_EMBEDDINGS = ("none", "sinusoidal")
 PRESETS = Path(__file__).parent / "presets"
 
 
 @dataclass
 class MLPConfig:
-    """The gated MLP `W_down(act(W_gate x) * W_up x)`."""
+    """The gated MLP `W_down(act(W_gate x) * W_up x)`, or the plain `W_down act(W_up x)` of transformers before it."""
 
     hidden: int = field(default=0, metadata={"help": "hidden width; 0 = 3 x model width, as in Griffin"})
-    activation: str = field(default="gelu", metadata={"help": "gelu (tanh approximation) or silu"})
+    gated: bool = field(default=True, metadata={"help": "false: no gate, as in the ALiBi transformer and BLOOM"})
+    activation: str = field(default="gelu", metadata={"help": "gelu (tanh approximation), silu; relu if not gated"})
     bias: bool = field(default=True, metadata={"help": "biases; the paper is silent, its code has them"})
 
     def hidden_size(self, width: int) -> int:
@@ -45,14 +48,14 @@ class MLPConfig:
 
     def num_params(self, width: int) -> int:
         """The MLP's parameters."""
-        hidden = self.hidden_size(width)
-        return 3 * width * hidden + self.bias * (2 * hidden + width)
+        hidden, inputs = self.hidden_size(width), 1 + self.gated
+        return (inputs + 1) * width * hidden + self.bias * (inputs * hidden + width)
 
     def problems(self, width: int) -> Iterator[str]:
         """What is wrong with the values."""
         if self.hidden < 0:
             yield f"model.mlp.hidden={self.hidden} must be positive, or 0 for 3 x width"
-        yield from not_among("model.mlp.activation", self.activation, ACTIVATIONS)
+        yield from not_among("model.mlp.activation", self.activation, ACTIVATIONS if self.gated else PLAIN_ACTIVATIONS)
 
 
 @dataclass
@@ -73,7 +76,9 @@ class ModelConfig:
     taylor_attention: TaylorAttentionConfig = field(default_factory=TaylorAttentionConfig)
     short_conv: ShortConvConfig = field(default_factory=ShortConvConfig)
     linearized_attention: LinearizedAttentionConfig = field(default_factory=LinearizedAttentionConfig)
-    norm_eps: float = field(default=1e-6, metadata={"help": "added to the mean square in RMSNorm"})
+    norm: str = field(default="rms", metadata={"help": "rms: RMSNorm; layer: LayerNorm, with biases"})
+    norm_eps: float = field(default=1e-6, metadata={"help": "added to the norm's mean square"})
+    embedding_norm: bool = field(default=False, metadata={"help": "a norm after the embedding (BLOOM)"})
     tie_embeddings: bool = field(default=True, metadata={"help": "the head is the embedding's matrix"})
     embedding_scale: bool = field(default=False, metadata={"help": "embeddings times sqrt(width) (RecurrentGemma)"})
     position_embedding: str = field(default="none", metadata={"help": "added to the embeddings: none or sinusoidal"})
@@ -116,6 +121,7 @@ def _problems(config: ModelConfig) -> Iterator[str]:
         yield f"model.norm_eps={config.norm_eps} must be above 0"
     if config.logit_soft_cap < 0:
         yield f"model.logit_soft_cap={config.logit_soft_cap} must be positive, or 0 for none"
+    yield from not_among("model.norm", config.norm, NORMS)
     yield from not_among("model.position_embedding", config.position_embedding, POSITION_EMBEDDINGS)
     if config.position_embedding == "sinusoidal" and config.width % 2:
         yield f"model.width={config.width} must be even for model.position_embedding='sinusoidal'"
@@ -134,9 +140,11 @@ def _problems(config: ModelConfig) -> Iterator[str]:
 def num_params(config: ModelConfig) -> int:
     """The number of parameters of the model, exactly; a tied head is the embedding and counts once."""
     blocks = sum(config.mixer_config(name).num_params(config.width) for name in config.mixers)
-    blocks += config.layers * (config.mlp.num_params(config.width) + 2 * config.width)
+    blocks += config.layers * config.mlp.num_params(config.width)
+    norms = 2 * config.layers + 1 + config.embedding_norm
+    vectors = norms * (2 if config.norm == "layer" else 1)
     tables = 1 if config.tie_embeddings else 2
-    return blocks + config.width + tables * config.vocab_size * config.width
+    return blocks + (vectors + tables * config.vocab_size) * config.width
 
 
 def flops_per_token(config: ModelConfig, seq_len: int) -> float:
@@ -151,16 +159,63 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> float:
     return 6.0 * (num_params(config) - lookup) + mixing
 
 
+def carry_bytes(config: ModelConfig, tokens: int, element: int = 2) -> int:
+    """Bytes that generation keeps of a row that has read `tokens`; an activation is `element` bytes, as in bf16."""
+    return sum(config.mixer_config(name).carry_bytes(config.width, tokens, element) for name in config.mixers)
+
+
 def preset_names() -> list[str]:
     """The names of the model presets, sorted."""
     return sorted(path.stem for path in PRESETS.glob("*.yaml"))
 
 
 def load_preset(name: str) -> dict[str, Any]:
-    """The ModelConfig fields that the preset `name` sets, as a plain mapping."""
+    """The ModelConfig fields that the preset `name` sets, as a plain mapping.
+
+    A preset with `base` is that preset but for the fields it names itself, at any depth; lists are replaced.
+    """
+    preset = _read_preset(name)
+    preset.pop("published", None)
+    base = preset.pop("base", None)
+    return _over(load_preset(base), preset) if base else preset
+
+
+@dataclass(frozen=True)
+class Published:
+    """What is published of a preset's size.
+
+    Attributes:
+        parameters: the count as it is printed, "1.35B": its digits say how it was rounded.
+        vocab_size: the vocabulary.
+        embedding: the embedding's parameters in that count: this model's own unless given, 0 where they are left out.
+    """
+
+    parameters: str
+    vocab_size: int
+    embedding: int | None = None
+
+    def counted(self, config: ModelConfig) -> int:
+        """What `config` has of what the published count counts."""
+        blocks = num_params(replace(config, vocab_size=0))
+        embedding = num_params(replace(config, vocab_size=self.vocab_size)) - blocks
+        return blocks + (embedding if self.embedding is None else self.embedding)
+
+
+def published(name: str) -> Published | None:
+    """What is published of the size of the preset `name`; None where the preset is our own."""
+    figures = _read_preset(name).get("published")
+    return figures and Published(**figures)
+
+
+def _read_preset(name: str) -> dict[str, Any]:
     if name not in preset_names():
         raise ConfigError(f"unknown model preset {name!r}; {nearest(name, preset_names())}")
     return yaml.safe_load((PRESETS / f"{name}.yaml").read_text(encoding="utf-8"))
+
+
+def _over(base: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
+    nested = {key: _over(base.get(key, {}), value) for key, value in fields.items() if isinstance(value, dict)}
+    return base | fields | nested
 
 
 def config_from_mapping(mapping: Mapping[str, Any]) -> ModelConfig:

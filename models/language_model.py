@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..errors import ConfigError
 from ..kernels import Segments
 from .backend import Backend, LocalBackend
-from .block import Block
+from .block import ACTIVATION_CHECKPOINTS, Block
 from .config import ModelConfig, validate
+from .norm import NORMS
 from .parameters import init_parameters, undecayed
 from .positions import sinusoids
 from .sequence import Carry, LocalContext, SequenceContext
 
-ACTIVATION_CHECKPOINTS = ("none", "full")
+
+@dataclass(frozen=True)
+class Part:
+    """What a model builds of itself where several share its layers; parameters keep the names of the whole model.
+
+    Attributes:
+        layers: the blocks, by their number in the whole model.
+        first: whether it turns tokens into hidden states.
+        last: whether it turns hidden states into logits; it holds the embedding too where that is the head.
+    """
+
+    layers: frozenset[int]
+    first: bool = True
+    last: bool = True
 
 
 class LanguageModel(nn.Module):
@@ -32,8 +46,8 @@ class LanguageModel(nn.Module):
         config: the model; `vocab_size` must be set.
         backend: makes the layers; LocalBackend unless tensors are divided.
         implementation: of the kernels: "auto", "reference" or "triton".
-        activation_checkpoint: "none" keeps every activation; "full" keeps a block's input and computes it again in
-            the backward pass, a third more work for the memory of one block.
+        activation_checkpoint: what of each block is computed again in the backward pass (`Block`).
+        part: what of the model is built; all of it unless given.
     """
 
     def __init__(
@@ -42,6 +56,7 @@ class LanguageModel(nn.Module):
         backend: Backend | None = None,
         implementation: str = "auto",
         activation_checkpoint: str = "none",
+        part: Part | None = None,
     ) -> None:
         super().__init__()
         validate(config)
@@ -52,12 +67,22 @@ class LanguageModel(nn.Module):
             raise ConfigError(f"activation_checkpoint={activation_checkpoint!r} is not one of {known}")
         self.config, self.implementation = config, implementation
         self.backend = backend or LocalBackend()
-        self.activation_checkpoint = activation_checkpoint
-        self.embedding = self.backend.embedding(config.vocab_size, config.width, 1 / config.width)
-        blocks = [Block(name, config, self.backend, implementation) for name in config.mixers]
+        self.part = part or Part(frozenset(range(config.layers)))
+        if self.part.first or (self.part.last and config.tie_embeddings):
+            self.embedding = self.backend.embedding(config.vocab_size, config.width, 1 / config.width)
+        if self.part.first and config.embedding_norm:
+            self.embedding_norm = NORMS[config.norm](config.width, config.norm_eps)
+        # None for the blocks of other parts, so that these keep their numbers.
+        blocks: list[Any] = [
+            Block(mixer, config, self.backend, implementation, activation_checkpoint)
+            if layer in self.part.layers
+            else None
+            for layer, mixer in enumerate(config.mixers)
+        ]
         self.blocks = cast("Sequence[Block]", nn.ModuleList(blocks))
-        self.norm = self.backend.norm(config.width, config.norm_eps)
-        if not config.tie_embeddings:
+        if self.part.last:
+            self.norm = self.backend.norm(config.norm, config.width, config.norm_eps)
+        if self.part.last and not config.tie_embeddings:
             self.unembedding = self.backend.embedding(config.vocab_size, config.width, 1 / config.width)
 
     def forward(self, tokens: Tensor, segments: Segments, contexts: Sequence[SequenceContext] | None = None) -> Tensor:
@@ -72,14 +97,28 @@ class LanguageModel(nn.Module):
             segments: the documents of the piece.
             contexts: one SequenceContext a block; None for a piece with nothing on its left.
         """
-        x = self._embed(tokens, segments.positions)
-        for index, block in enumerate(self.blocks):
-            seq = LocalContext(segments) if contexts is None else contexts[index]
-            if self.activation_checkpoint == "full" and torch.is_grad_enabled():
-                x = checkpoint(block, x, seq, use_reentrant=False)
-            else:
-                x = block(x, seq)
-        return self.norm(x)
+        x = self.embed(tokens, segments.positions)
+        return self.norm(self.through(range(self.config.layers), x, segments, contexts))
+
+    def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """The hidden states [B, T, D] that the first block reads; `positions` are those in the documents."""
+        x = self.embedding(tokens)
+        if self.config.embedding_scale:
+            x = x * self.config.width**0.5
+        if self.config.embedding_norm:
+            x = self.embedding_norm(x)
+        if self.config.position_embedding == "none":
+            return x
+        return x + sinusoids(self.backend.residual(positions), self.config.width, x.dtype)
+
+    def through(
+        self, layers: Iterable[int], x: Tensor, segments: Segments, contexts: Sequence[SequenceContext] | None = None
+    ) -> Tensor:
+        """The hidden states [B, T, D] after the blocks `layers`, in that order; `contexts` as in `hidden`."""
+        for layer in layers:
+            seq = LocalContext(segments) if contexts is None else contexts[layer]
+            x = self.blocks[layer](x, seq)
+        return x
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of normed hidden states [..., D]."""
@@ -116,7 +155,7 @@ class LanguageModel(nn.Module):
 
     def step(self, tokens: Tensor, carry: Carry) -> tuple[Tensor, Carry]:
         """The logits [B, V] of what follows one more token a row [B], and the carry."""
-        x, layers = self._embed(tokens, carry.position), []
+        x, layers = self.embed(tokens, carry.position), []
         for block, layer in zip(self.blocks, carry.layers, strict=True):
             x, layer = block.step(x, layer, carry.position)
             layers.append(layer)
@@ -136,15 +175,13 @@ class LanguageModel(nn.Module):
         """Names of the parameters that do not decay: norms, biases and factors, and the RG-LRU's decays and gates."""
         return undecayed(self)
 
+    def logical_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every parameter of the whole model, whatever part and boxes of it this one holds."""
+        with torch.device("meta"):
+            whole = LanguageModel(self.config)
+        return {name: tuple(parameter.shape) for name, parameter in whole.named_parameters()}
+
     @property
     def _table(self) -> Tensor:
         """The head's weight [V, D]."""
         return self.get_parameter("embedding.weight" if self.config.tie_embeddings else "unembedding.weight")
-
-    def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        x = self.embedding(tokens)
-        if self.config.embedding_scale:
-            x = x * self.config.width**0.5
-        if self.config.position_embedding == "none":
-            return x
-        return x + sinusoids(self.backend.residual(positions), self.config.width, x.dtype)

@@ -12,6 +12,7 @@ from typing import ClassVar, Protocol
 DECAY_INITS = ("paper", "released")
 LOCAL_BRANCHES = ("softmax", "relu2")
 FEATURE_MAPS = ("elu", "relu", "identity", "taylor", "learned")
+STATE_BYTES = 4
 
 
 class MixerConfig(Protocol):
@@ -23,6 +24,10 @@ class MixerConfig(Protocol):
 
     def mixing_flops(self, width: int, seq_len: int) -> float:
         """FLOPs a token, forward and backward, of the mixing itself: what 6 x parameters does not count."""
+        ...
+
+    def carry_bytes(self, width: int, tokens: int, element: int) -> int:
+        """Bytes of the carry of a row that has read `tokens`, an activation being `element` bytes, a state fp32."""
         ...
 
     def problems(self, width: int) -> Iterator[str]:
@@ -61,6 +66,10 @@ class RGLRUConfig:
         """Zero: the scan and the gates' pointwise work (some tens of FLOPs a channel) are not counted."""
         return 0.0
 
+    def carry_bytes(self, width: int, tokens: int, element: int) -> int:
+        """The state and the convolution's inputs."""
+        return self.channels(width) * (STATE_BYTES + (self.conv_taps - 1) * element)
+
     def problems(self, width: int) -> Iterator[str]:
         """What is wrong with the values."""
         name = "model.rg_lru"
@@ -98,6 +107,10 @@ class ShortConvConfig:
     def mixing_flops(self, width: int, seq_len: int) -> float:
         """Zero: each tap is a parameter."""
         return 0.0
+
+    def carry_bytes(self, width: int, tokens: int, element: int) -> int:
+        """The convolution's inputs."""
+        return self.channels(width) * (self.taps - 1) * element
 
     def problems(self, width: int) -> Iterator[str]:
         """What is wrong with the values."""
@@ -156,6 +169,10 @@ class TaylorAttentionConfig(HeadsConfig):
         terms = taylor_terms(self.feature_dim)
         return 12.0 * self.query_heads(width) * terms * (self.head_dim + self.normalize)
 
+    def carry_bytes(self, width: int, tokens: int, element: int) -> int:
+        """The sums over keys, of values and of one."""
+        return self.query_heads(width) * taylor_terms(self.feature_dim) * (self.head_dim + 1) * STATE_BYTES
+
     def problems(self, width: int) -> Iterator[str]:
         """What is wrong with the values."""
         yield from super().problems(width)
@@ -180,7 +197,8 @@ class AttentionConfig(HeadsConfig):
     position: str = field(default="rope", metadata={"help": "rope, alibi or none"})
     rope_fraction: float = field(default=1.0, metadata={"help": "share of a head's dims that is rotated"})
     rope_base: float = field(default=10000.0, metadata={"help": "base of the rotary frequencies"})
-    output_bias: bool = field(default=False, metadata={"help": "bias of the output projection; q, k, v have none"})
+    qkv_bias: bool = field(default=False, metadata={"help": "biases of q, k and v, which need as many heads each"})
+    output_bias: bool = field(default=False, metadata={"help": "bias of the output projection"})
 
     def key_heads(self, width: int) -> int:
         """The number of key and value heads in force."""
@@ -198,13 +216,19 @@ class AttentionConfig(HeadsConfig):
 
     def num_params(self, width: int) -> int:
         """The attention's parameters."""
-        heads = self.query_heads(width) + self.key_heads(width)
-        return 2 * width * heads * self.head_dim + self.output_bias * width
+        queries, keys = self.query_heads(width), self.key_heads(width)
+        biases = self.qkv_bias * (queries + 2 * keys) * self.head_dim + self.output_bias * width
+        return 2 * width * (queries + keys) * self.head_dim + biases
 
     def mixing_flops(self, width: int, seq_len: int) -> float:
         """4 K a pair, head and pass, three passes; only pairs really seen, the row being one document."""
         pairs = pairs_per_token(seq_len, self.keys_seen or seq_len)
         return 12.0 * self.query_heads(width) * self.head_dim * pairs
+
+    def carry_bytes(self, width: int, tokens: int, element: int) -> int:
+        """Keys and values: of all that was read, or of the window before the next token."""
+        kept = tokens if self.keys_seen is None else self.keys_seen - 1
+        return 2 * self.key_heads(width) * self.head_dim * kept * element
 
     def problems(self, width: int) -> Iterator[str]:
         """What is wrong with the values."""
@@ -215,6 +239,8 @@ class AttentionConfig(HeadsConfig):
             yield f"{name}.kv_heads={self.kv_heads} must be at least 1, or 0 for as many as query heads"
         elif not found and self.query_heads(width) % self.key_heads(width):
             yield f"{name}.heads={self.query_heads(width)} is not a multiple of kv_heads={self.kv_heads}"
+        elif not found and self.qkv_bias and self.query_heads(width) != self.key_heads(width):
+            yield f"{name}.qkv_bias=True needs kv_heads={self.kv_heads} to be heads={self.query_heads(width)}, or 0"
         yield from not_among(f"{name}.position", self.position, self.positions)
         if not 0 <= self.rope_fraction <= 1 or self.rotary_dims % 2:
             yield (
@@ -238,7 +264,7 @@ class LocalAttentionConfig(AttentionConfig):
 
     kv_heads: int = field(default=1, metadata={"help": "key and value heads; 1 = multi-query, 0 = as query heads"})
     rope_fraction: float = field(default=0.5, metadata={"help": "share of a head's dims that is rotated"})
-    output_bias: bool = field(default=True, metadata={"help": "bias of the output projection; q, k, v have none"})
+    output_bias: bool = field(default=True, metadata={"help": "bias of the output projection"})
     window: int = field(default=1024, metadata={"help": "keys a query sees, itself included"})
 
     @property
@@ -301,6 +327,13 @@ class LinearizedAttentionConfig(AttentionConfig):
         state = self.features * (self.head_dim + self.normalize)
         filters = (self.head_dim - 1) * self.conv_taps
         return self.query_heads(width) * (12.0 * self.head_dim * pairs + 12.0 * state + 6.0 * filters)
+
+    def carry_bytes(self, width: int, tokens: int, element: int) -> int:
+        """Keys of a group, values of it or of the filter, and the sums over all groups and over the open one."""
+        kept = self.group - 1 + max(self.group, self.conv_taps) - 1
+        heads = self.query_heads(width) if self.projected else self.key_heads(width)
+        sums = heads * 2 * self.features * (self.head_dim + self.normalize)
+        return self.key_heads(width) * self.head_dim * kept * element + sums * STATE_BYTES
 
     def problems(self, width: int) -> Iterator[str]:
         """What is wrong with the values."""

@@ -1,4 +1,4 @@
-"""The gated MLP of every block."""
+"""The MLP of every block."""
 
 from __future__ import annotations
 
@@ -11,22 +11,24 @@ from . import fused
 from .backend import Backend
 from .config import ModelConfig
 
-ACTIVATIONS = {"gelu": partial(F.gelu, approximate="tanh"), "silu": F.silu}
+ACTIVATIONS = {"gelu": partial(F.gelu, approximate="tanh"), "silu": F.silu, "relu": F.relu}
 
 
 class MLP(nn.Module):
-    """`W_down(act(W_gate x) * W_up x)` (Griffin 2.1)."""
+    """`W_down(act(W_gate x) * W_up x)` (Griffin 2.1), or `W_down act(W_up x)` where it is not gated."""
 
     def __init__(self, config: ModelConfig, backend: Backend) -> None:
         super().__init__()
         width, hidden, bias = config.width, config.mlp.hidden_size(config.width), config.mlp.bias
-        self.gate = backend.column_linear(width, hidden, bias, 1 / width)
+        self.gate = backend.column_linear(width, hidden, bias, 1 / width) if config.mlp.gated else None
         self.up = backend.column_linear(width, hidden, bias, 1 / width)
         self.down = backend.row_linear(hidden, width, bias, 2 / (config.layers * hidden))
         self.activation = config.mlp.activation
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
+        if self.gate is None:
+            return self.down(ACTIVATIONS[self.activation](self.up(x)))
         return self.down(gated(self.activation, self.gate(x), self.up(x)))
 
 

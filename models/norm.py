@@ -1,4 +1,4 @@
-"""RMSNorm."""
+"""The norms of the residual stream."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import fused
-from .parameters import zeros
+from .parameters import ones, zeros
 
 
 def wide(x: Tensor) -> Tensor:
@@ -29,3 +29,21 @@ class RMSNorm(nn.Module):
         if fused.runs(x):
             return fused.rms_norm(x, self.scale, self.eps)
         return F.rms_norm(wide(x), x.shape[-1:], 1 + wide(self.scale), self.eps).to(x.dtype)
+
+
+class LayerNorm(nn.Module):
+    """`(x - mean) / sqrt(variance + eps) * weight + bias`, computed in fp32."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+        self.bias = nn.Parameter(torch.empty(width))
+        self.eps = eps
+        self.specs = {"weight": ones(), "bias": zeros()}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D] in x's dtype."""
+        return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
+
+
+NORMS: dict[str, type[RMSNorm] | type[LayerNorm]] = {"rms": RMSNorm, "layer": LayerNorm}

@@ -40,6 +40,11 @@ def zeros() -> ParameterSpec:
     return ParameterSpec(lambda shape, generator: torch.zeros(shape), decay=False)
 
 
+def ones() -> ParameterSpec:
+    """Ones, never decayed: the factors of LayerNorm."""
+    return ParameterSpec(lambda shape, generator: torch.ones(shape), decay=False)
+
+
 @dataclass(frozen=True)
 class Logical:
     """Where a parameter lies in its logical tensor, the one that a model on one device would have.

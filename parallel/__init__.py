@@ -4,7 +4,7 @@ It knows nothing of configuration files, of Ray or of when to save; models know 
 loss and the weights after a step do not depend on how rows, parameters and optimizer state lie on the ranks.
 """
 
-from .backend import make_backend
+from .backend import make_backend, make_model
 from .dims import ParallelDims
 from .engine import Engine
 from .groups import destroy_process_group, init_process_group, process_group
@@ -18,5 +18,6 @@ __all__ = [
     "destroy_process_group",
     "init_process_group",
     "make_backend",
+    "make_model",
     "process_group",
 ]

@@ -22,18 +22,23 @@ from torch import nn
 
 from .groups import megatron
 
+# Stage 3 shards parameters of more elements than this; to gather smaller ones would cost more time than memory.
+KEPT_WHOLE = 2**14
+
 
 def wrap(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     config: dict[str, Any],
     device: torch.device,
-    tensor_group: dist.ProcessGroup | None = None,
+    model_group: dist.ProcessGroup | None = None,
 ) -> Any:
-    """Returns a DeepSpeed engine around `model` and `optimizer` on `device`; `tensor_group` shares each layer."""
-    ranks = None if tensor_group is None else _Ranks(tensor_group)
-    # LOCAL_RANK is where DeepSpeed takes its device from.
-    with _environment("LOCAL_RANK", str(device.index or 0)), redirect_stdout(io.StringIO()):
+    """Returns a DeepSpeed engine around `model` and `optimizer` on `device`; `model_group` shares one copy of it."""
+    ranks = None if model_group is None else _Ranks(model_group)
+    # Where DeepSpeed takes its device from, in stage 3 at any time.
+    os.environ["LOCAL_RANK"] = str(device.index or 0)
+    # A replica may be smaller than what the launcher started, which stage 3 takes for a mistake.
+    with _environment("WORLD_SIZE", str(dist.get_world_size())), redirect_stdout(io.StringIO()):
         deepspeed = _load(device)
         engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=config, mpu=ranks, dist_init_required=False
@@ -42,10 +47,10 @@ def wrap(
 
 
 class _Ranks:
-    """Megatron's groups under the names DeepSpeed asks for. Its data ranks are data x context, all else is tensor."""
+    """Megatron's groups under the names DeepSpeed asks for. Its data ranks are data x context."""
 
-    def __init__(self, tensor_group: dist.ProcessGroup) -> None:
-        self._tensor = tensor_group
+    def __init__(self, model_group: dist.ProcessGroup) -> None:
+        self._model = model_group
         self._copies = megatron().get_data_parallel_group(with_context_parallel=True)
 
     def get_data_parallel_group(self) -> dist.ProcessGroup:
@@ -58,13 +63,13 @@ class _Ranks:
         return self._copies.rank()
 
     def get_model_parallel_group(self) -> dist.ProcessGroup:
-        return self._tensor
+        return self._model
 
     def get_model_parallel_world_size(self) -> int:
-        return self._tensor.size()
+        return self._model.size()
 
     def get_model_parallel_rank(self) -> int:
-        return self._tensor.rank()
+        return self._model.rank()
 
 
 def _load(device: torch.device) -> ModuleType:
@@ -109,26 +114,30 @@ def forget_groups() -> None:
         comm.cdb = None
 
 
-def zero_config(stage: int, precision: str, clip: float) -> dict[str, Any]:
+def zero_config(stage: int, precision: str, clip: float, offload: bool, device: torch.device) -> dict[str, Any]:
     """Returns the DeepSpeed configuration of a ZeRO stage whose caller owns batches, accumulation and the rate.
 
     Gradients are summed over the replicas, not averaged: the loss is divided by the global count of tokens already.
-    They are accumulated and sent as fp32 whatever the parameters are.
+    Stage 3 can but average, so its caller multiplies. They are accumulated and sent as fp32 whatever parameters are.
     """
+    host = {"device": "cpu", "pin_memory": device.type == "cuda"}
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,
-        "gradient_allreduce_op": "sum",
+        "gradient_allreduce_op": "mean" if stage == 3 else "sum",
         "gradient_clipping": clip,
         "communication_data_type": "fp32",
         "data_types": {"grad_accum_dtype": "fp32"},
-        "bf16": {"enabled": precision == "bf16"},
+        "bf16": {"enabled": precision == "bf16", "immediate_grad_update": True},
         "zero_optimization": {
             "stage": stage,
             "overlap_comm": False,
             "contiguous_gradients": False,
             "reduce_bucket_size": 2**26,
+            "memory_efficient_linear": False,
+            "stage3_param_persistence_threshold": KEPT_WHOLE,
+            **({"offload_optimizer": host} if offload else {}),
         },
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,

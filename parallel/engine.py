@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import fields, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +15,7 @@ from ..data.batch import Batch
 from ..errors import ConfigError
 from .context import piece_of
 from .dims import ParallelDims
+from .gradients import is_last_copy, tied_parameter
 from .groups import layout_groups
 from .loss import LossModule
 from .optimizer import KINDS, Fragment, OptimizerOptions
@@ -35,7 +37,8 @@ class Engine:
     and dummies change nothing.
 
     Attributes:
-        model: the module itself, its parameters in the engine's precision, usable for evaluation at any time.
+        model: the module itself, its parameters in the engine's precision, usable for evaluation at any time; under
+            ZeRO 3, which empties parameters between modules, only through `evaluate`.
         steps: how many updates were taken.
         skipped: how many updates were refused because the gradient norm was not finite.
     """
@@ -56,12 +59,17 @@ class Engine:
         self.device = torch.device(device)
         self.model = model.to(self.device)
         self.skipped = 0
-        self.shapes = {name: model.backend.logical(name, p).shape for name, p in model.named_parameters()}
+        self.shapes = model.logical_shapes()
         groups = layout_groups(dims)
-        self._context = groups.context
+        self._groups = groups
         self._loss = LossModule(self.model, groups.context)
-        make = ShardedAdamW if dims.zero else ReplicatedAdamW
+        make = partial(ShardedAdamW, dims=dims) if dims.zero else ReplicatedAdamW
         self._optimizer = make(self._loss, optimizer, precision, self.device, groups)
+        self._pipeline = None
+        if groups.pipeline is not None:
+            from .pipeline import Pipeline
+
+            self._pipeline = Pipeline(self._optimizer.loss, model.config, dims, groups.pipeline)
         self._micro_batches = 0
 
     def forward_backward(self, batches: Iterable[Batch], global_tokens: int) -> Tensor:
@@ -73,13 +81,7 @@ class Engine:
         """
         assert global_tokens > 0, f"a step of {global_tokens} valid tokens"
         self.model.train()
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for batch in batches:
-            loss = self._optimizer.loss(self._piece(batch))
-            self._optimizer.backward(loss / global_tokens)
-            total += loss.detach()
-            self._micro_batches += 1
-        return self._over_pieces(total)
+        return self._losses(batches, global_tokens)
 
     def update(self, rate: float) -> float:
         """Takes the update and returns the global gradient norm before clipping.
@@ -100,13 +102,11 @@ class Engine:
 
     def evaluate(self, batches: Iterable[Batch]) -> Tensor:
         """Returns the summed loss of this replica's batches, fp64, on the device; no gradient, evaluation mode."""
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
         self.model.eval()
         with torch.no_grad():
-            for batch in batches:
-                total += self._loss(self._piece(batch))
+            total = self._losses(batches, None)
         self.model.train()
-        return self._over_pieces(total)
+        return total
 
     def sum(self, *values: float | Tensor) -> list[float]:
         """Returns each value summed over the replicas, in fp64, the same bits on every rank.
@@ -128,9 +128,16 @@ class Engine:
     def steps(self, count: int) -> None:
         self._optimizer.steps = count
 
-    def fragments(self) -> list[Fragment]:
-        """Returns the parts of every logical tensor that this rank owns, as live fp32 memory."""
-        return self._optimizer.fragments()
+    def fragments(self, copies: bool = True) -> list[Fragment]:
+        """Returns the parts of every logical tensor that this rank holds, as live fp32 memory.
+
+        Without `copies` those of a tied embedding are left out on the last pipeline rank: the first one's are as good.
+        """
+        found = self._optimizer.fragments()
+        tied = tied_parameter(self.model, self._groups)
+        if copies or tied is None or not is_last_copy(self._groups):
+            return found
+        return [fragment for fragment in found if not fragment.name.endswith("/embedding.weight")]
 
     def logical_shapes(self) -> dict[str, tuple[int, ...]]:
         """Returns the shape of every logical tensor, whoever owns it."""
@@ -146,15 +153,35 @@ class Engine:
 
     def _piece(self, batch: Batch) -> Batch:
         """This rank's tokens of the rows, on the device."""
-        if self._context is not None:
-            batch = piece_of(batch, self._context.rank(), self._context.size())
+        if self._groups.context is not None:
+            batch = piece_of(batch, self._groups.context.rank(), self._groups.context.size())
         return self._to_device(batch)
 
-    def _over_pieces(self, total: Tensor) -> Tensor:
-        """The sum over the ranks that share this rank's rows."""
-        if self._context is not None:
-            dist.all_reduce(total, group=self._context)
+    def _losses(self, batches: Iterable[Batch], divisor: int | None) -> Tensor:
+        """The summed loss of this replica's micro-batches; adds the gradients of it over `divisor`, if one is given."""
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        losses = self._one_by_one if self._pipeline is None else self._through_pipeline
+        for loss in losses(batches, divisor):
+            total += loss
+            self._micro_batches += divisor is not None
+        for group in (self._groups.context, self._groups.pipeline):
+            if group is not None:
+                dist.all_reduce(total, group=group)
         return total
+
+    def _one_by_one(self, batches: Iterable[Batch], divisor: int | None) -> Iterator[Tensor]:
+        for batch in batches:
+            loss = self._optimizer.loss(self._piece(batch))
+            if divisor is not None:
+                self._optimizer.backward(loss / divisor)
+            yield loss.detach()
+
+    def _through_pipeline(self, batches: Iterable[Batch], divisor: int | None) -> list[Tensor]:
+        """Each loss on the last rank, zeros on the others."""
+        assert self._pipeline is not None
+        pieces = [self._piece(batch) for batch in batches]
+        losses = self._pipeline(pieces, divisor, next(self.model.parameters()).dtype) if pieces else []
+        return losses or [torch.zeros((), device=self.device)] * len(pieces)
 
     def _to_device(self, batch: Batch) -> Batch:
         tensors = {f.name: getattr(batch, f.name) for f in fields(batch)}

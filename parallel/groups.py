@@ -9,7 +9,7 @@ import socket
 import sys
 import warnings
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -87,17 +87,23 @@ class LayoutGroups:
         tensor: the ranks that share this rank's layers, in the order of their boxes.
         context: the ranks that share this rank's rows, in the order of their pieces.
         copies: the ranks that hold the same box of every parameter, data x context: they sum gradients.
+        pipeline: the ranks that share this rank's rows and part of each layer, in the order of their layers.
+        ends: the first and the last rank of `pipeline`, on those two: they share a tied embedding.
+        model: the ranks that share one copy of the model, tensor x pipeline.
     """
 
     tensor: dist.ProcessGroup | None = None
     context: dist.ProcessGroup | None = None
     copies: dist.ProcessGroup | None = None
+    pipeline: dist.ProcessGroup | None = None
+    ends: dist.ProcessGroup | None = None
+    model: dist.ProcessGroup | None = None
 
 
 def layout_groups(dims: ParallelDims) -> LayoutGroups:
     """Returns the groups of the layout, made by Megatron at the first call inside the default group; collective.
 
-    Tensor ranks lie next to each other, then context, then data ranks: a replica's are consecutive.
+    Tensor ranks lie next to each other, then context, pipeline and data ranks: a replica's are consecutive.
     """
     if dims.replica_size == 1:
         return LayoutGroups(copies=dist.group.WORLD if dims.data > 1 else None)
@@ -105,11 +111,16 @@ def layout_groups(dims: ParallelDims) -> LayoutGroups:
     if not _stands(parallel_state, dims):
         _make_groups(parallel_state, dims)
     copies = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    return LayoutGroups(
+    groups = LayoutGroups(
         parallel_state.get_tensor_model_parallel_group() if dims.tensor > 1 else None,
         parallel_state.get_context_parallel_group() if dims.context > 1 else None,
         copies if dims.data * dims.context > 1 else None,
+        model=parallel_state.get_model_parallel_group() if dims.tensor * dims.pipeline > 1 else None,
     )
+    if dims.pipeline == 1:
+        return groups
+    pipeline = parallel_state.get_pipeline_model_parallel_group()
+    return replace(groups, pipeline=pipeline, ends=parallel_state.get_embedding_group(check_initialized=False))
 
 
 def megatron() -> Any:
@@ -125,8 +136,12 @@ def _stands(state: Any, dims: ParallelDims) -> bool:
     """Whether Megatron's groups are those of this layout."""
     if not state.model_parallel_is_initialized():
         return False
-    sizes = (state.get_tensor_model_parallel_world_size(), state.get_context_parallel_world_size())
-    return sizes == (dims.tensor, dims.context)
+    sizes = (
+        state.get_tensor_model_parallel_world_size(),
+        state.get_context_parallel_world_size(),
+        state.get_pipeline_model_parallel_world_size(),
+    )
+    return sizes == (dims.tensor, dims.context, dims.pipeline)
 
 
 def _make_groups(state: Any, dims: ParallelDims) -> None:
@@ -137,11 +152,15 @@ def _make_groups(state: Any, dims: ParallelDims) -> None:
     world: Any = dist.group.WORLD
     on_cpu = dist.get_backend() == "gloo"
     if on_cpu:
-        serve_cpu()
+        serve_cpu("tensor_parallel.mappings")
     options = world._get_backend(torch.device("cpu" if on_cpu else "cuda")).options
     state.initialize_model_parallel(
         tensor_model_parallel_size=dims.tensor,
         context_parallel_size=dims.context,
+        pipeline_model_parallel_size=dims.pipeline,
+        # Of experts there are none; by their sizes Megatron checks that pipeline ranks may lie inside data ranks.
+        expert_tensor_parallel_size=dims.tensor * dims.context,
+        order="tp-cp-ep-pp-dp",
         create_gloo_process_groups=False,
         distributed_timeout_minutes=max(1, math.ceil(options._timeout.total_seconds() / 60)),
     )

@@ -28,10 +28,23 @@ class LossModule(nn.Module):
         super().__init__()
         self.model, self.context, self.z_loss = model, context, z_loss
 
-    def forward(self, batch: Batch) -> Tensor:
-        """Returns the summed loss of `batch`, a scalar; 0 where every label is IGNORED_LABEL."""
+    def forward(self, batch: Batch, layers: range | None = None, x: Tensor | None = None) -> Tensor:
+        """Returns the summed loss of `batch`, a scalar; 0 where every label is IGNORED_LABEL.
+
+        Args:
+            batch: this rank's piece of the rows.
+            layers: the blocks to go through; all of them unless given. Short of the last, hidden states [B, T, D] come
+                back.
+            x: the hidden states that those blocks read; made from the tokens unless given.
+        """
         segments = Segments(batch.cu_seqlens, batch.continues, batch.doc_start)
         group = self.context
         pieces = [ContextParallelContext(segments, group) for _ in self.model.blocks] if group else None
-        hidden = self.model.hidden(batch.inputs, segments, pieces)
+        if layers is None:
+            return self._loss(self.model.hidden(batch.inputs, segments, pieces), batch)
+        x = self.model.embed(batch.inputs, segments.positions) if x is None else x
+        x = self.model.through(layers, x, segments, pieces)
+        return x if layers.stop < self.model.config.layers else self._loss(self.model.norm(x), batch)
+
+    def _loss(self, hidden: Tensor, batch: Batch) -> Tensor:
         return self.model.cross_entropy(hidden, batch.labels, ignore_index=IGNORED_LABEL, z_loss=self.z_loss)

@@ -12,9 +12,6 @@ from typing import Any
 
 import torch
 
-# Of megatron.core: the modules whose functions are called here and ask for a CUDA device.
-_MODULES = ("tensor_parallel.mappings",)
-
 
 class _Cuda:
     """`torch.cuda` as those modules use it."""
@@ -29,13 +26,17 @@ class _CpuTorch(ModuleType):
 
     cuda = _Cuda
 
+    @staticmethod
+    def zeros(*shape: Any, device: Any = None, **options: Any) -> torch.Tensor:
+        return torch.zeros(*shape, device="cpu", **options)
+
     def __getattr__(self, name: str) -> Any:
         return getattr(torch, name)
 
 
-def serve_cpu() -> None:
-    """Puts the stand-in into Megatron's modules, for this process's life; may be called again."""
+def serve_cpu(*modules: str) -> None:
+    """Puts the stand-in into these modules of megatron.core, for this process's life; may be called again."""
     stand_in = _CpuTorch("torch")
-    for name in _MODULES:
+    for name in modules:
         module: Any = importlib.import_module(f"megatron.core.{name}")
         module.torch = stand_in

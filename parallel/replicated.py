@@ -63,9 +63,9 @@ class ReplicatedAdamW(FlatAdamW):
                 yield parameter, master[place].view_as(parameter), grad[place].view_as(parameter)
                 begin += count
 
-    def loss(self, batch: Batch) -> Tensor:
-        """Returns the summed loss of `batch`."""
-        return self._loss(batch)
+    def loss(self, batch: Batch, *chunk: Any) -> Tensor:
+        """Returns the summed loss of `batch`, or what `chunk` of the layers makes of it: LossModule's arguments."""
+        return self._loss(batch, *chunk)
 
     def backward(self, loss: Tensor) -> None:
         """Adds the gradients of `loss` to those of this step."""

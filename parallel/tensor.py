@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..kernels import loss_from_pieces, vocabulary_pieces
 from ..models import LanguageModel, LocalBackend, ModelConfig
 from ..models.backend import BlockDiagonalLinear, Linear
-from ..models.norm import RMSNorm
+from ..models.norm import LayerNorm, RMSNorm
 from ..models.parameters import Logical, normal, zeros
 from .collectives import gather_tokens, sum_gradients, sum_parts
 from .dims import ParallelDims
@@ -64,9 +64,13 @@ class MegatronBackend:
         """With sequence_parallel this rank's T / tensor tokens of each row."""
         return x.chunk(self.size, dim=1)[self.rank] if self.sequence_parallel else x
 
-    def norm(self, width: int, eps: float) -> nn.Module:
+    def enter(self, x: Tensor) -> Tensor:
+        """A norm's output, [B, T, D] on every rank, its gradients summed over the ranks that read it."""
+        return (gather_tokens if self.sequence_parallel else sum_gradients)(x, self.group)
+
+    def norm(self, kind: str, width: int, eps: float) -> nn.Module:
         """A norm whose output every rank's layers share."""
-        return EnteringNorm(width, eps, self)
+        return ENTERING_NORMS[kind](width, eps, self)
 
     def column_linear(self, inputs: int, outputs: int, bias: bool, variance: float) -> nn.Module:
         """Megatron's, its outputs left divided."""
@@ -122,7 +126,7 @@ class MegatronBackend:
         """
         found = set()
         for prefix, owner in model.named_modules():
-            on_residual = isinstance(owner, EnteringNorm | RowLinear) and not self.sequence_parallel
+            on_residual = isinstance(owner, RMSNorm | LayerNorm | RowLinear) and not self.sequence_parallel
             for name, parameter in owner.named_parameters(prefix, recurse=False):
                 divided = tuple(parameter.shape) != self._shapes[name]
                 if not divided and not on_residual:
@@ -170,7 +174,7 @@ def vocabulary_parallel_cross_entropy(
     return losses if reduction == "none" else losses.sum()
 
 
-class EnteringNorm(RMSNorm):
+class EnteringRMSNorm(RMSNorm):
     """RMSNorm from the residual stream into layers that are divided."""
 
     def __init__(self, width: int, eps: float, backend: MegatronBackend) -> None:
@@ -179,13 +183,26 @@ class EnteringNorm(RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, D], or [B, T / tensor, D] with sequence_parallel, to [B, T, D] on every rank."""
-        y = super().forward(x)
-        enter = gather_tokens if self._backend.sequence_parallel else sum_gradients
-        return enter(y, self._backend.group)
+        return self._backend.enter(super().forward(x))
+
+
+class EnteringLayerNorm(LayerNorm):
+    """LayerNorm from the residual stream into layers that are divided."""
+
+    def __init__(self, width: int, eps: float, backend: MegatronBackend) -> None:
+        super().__init__(width, eps)
+        self._backend = backend
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, D], or [B, T / tensor, D] with sequence_parallel, to [B, T, D] on every rank."""
+        return self._backend.enter(super().forward(x))
+
+
+ENTERING_NORMS = {"rms": EnteringRMSNorm, "layer": EnteringLayerNorm}
 
 
 class ColumnLinear(ColumnParallelLinear):
-    """Megatron's column linear of an input that `EnteringNorm` sums the gradient of."""
+    """Megatron's column linear of an input that the norm before it sums the gradient of."""
 
     def __init__(self, inputs: int, outputs: int, bias: bool, variance: float, backend: MegatronBackend) -> None:
         config = backend.layer_config(sequence_parallel=False)

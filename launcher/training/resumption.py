@@ -69,7 +69,7 @@ class Resumption:
             "plan": self.plan.to_dict(),
             "tokenizer": self.corpus.tokenizer.fingerprint,
             "config": asdict(self.config),
-            "dims": asdict(self.dims),
+            "dims": self._dims(),
             "versions": {"longscan": __version__, "torch": torch.__version__, "python": platform.python_version()},
         }
 
@@ -79,13 +79,17 @@ class Resumption:
         cursor = Cursor(**meta["cursor"])
         self._check_plan(path, meta, cursor)
         self._check_schedule(path, meta["step"], cursor)
-        if self.config.run.deterministic and meta["dims"] != asdict(self.dims):
+        if self.config.run.deterministic and meta["dims"] != self._dims():
             raise ConfigError(
                 f"run.deterministic is on and {path.name} was trained with {meta['dims']['data']} replicas, not "
                 f"{self.dims.data}; sums over another number of workers round differently. Use as many, or switch "
                 "run.deterministic off."
             )
         return cursor
+
+    def _dims(self) -> dict[str, Any]:
+        """The layout as JSON gives it back."""
+        return {**asdict(self.dims), "stage_layers": list(self.dims.stage_layers)}
 
     def check_tokenizer(self, path: str, meta: dict[str, Any]) -> None:
         """Raises ConfigError where the checkpoint's ids mean something else."""

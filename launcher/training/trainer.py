@@ -18,8 +18,8 @@ from typing import Any
 
 from ...data import Batch, Corpus, Cursor, RowLoader, corpus_tokenizer, save_tokenizer
 from ...errors import UserError
-from ...models import LanguageModel, flops_per_token, num_params
-from ...parallel import Engine, OptimizerOptions, make_backend, process_group
+from ...models import flops_per_token, num_params
+from ...parallel import Engine, OptimizerOptions, make_model, process_group
 from ...parallel.checkpoint import Checkpointer, load_weights, rng_state, set_rng_state
 from ..config import Config
 from ..run_folder import RunFolder
@@ -125,8 +125,8 @@ class Trainer:
 
     def _make_engine(self, init_from: str | None) -> Engine:
         config, optimizer = self.config, self.config.optimizer
-        backend = make_backend(config.model, self.dims)
-        model = LanguageModel(config.model, backend, config.run.implementation)
+        kernels, recomputed = config.run.implementation, config.run.activation_checkpoint
+        model = make_model(config.model, self.dims, implementation=kernels, activation_checkpoint=recomputed)
         if init_from:
             self.resumption.check_tokenizer(init_from, load_weights(init_from, model).meta)
         else:

@@ -32,9 +32,13 @@ class Attention(Mixer):
         self.position, self.keys_seen = options.position, options.keys_seen
         self.rotary_dims, self.rope_base = options.rotary_dims, options.rope_base
         self.local_heads = backend.part(self.heads)
-        self.query = backend.head_linear(width, self.heads, self.head_dim, 1 / width)
-        self.key = backend.head_linear(width, kv_heads, self.head_dim, 1 / width)
-        self.value = backend.head_linear(width, kv_heads, self.head_dim, 1 / width)
+        self.query, self.key, self.value = (
+            # With biases no head is shared by queries of several ranks (`AttentionConfig.problems`).
+            backend.column_linear(width, heads * self.head_dim, True, 1 / width)
+            if options.qkv_bias
+            else backend.head_linear(width, heads, self.head_dim, 1 / width)
+            for heads in (self.heads, kv_heads, kv_heads)
+        )
         inner = self.heads * self.head_dim
         self.output = backend.row_linear(inner, width, options.output_bias, 2 / (config.layers * inner))
 

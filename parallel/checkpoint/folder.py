@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import shutil
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 from ...durable import sync_folder
@@ -36,13 +37,21 @@ def list_steps(folder: Path | str) -> list[int]:
     return sorted(int(match[1]) for path in folder.iterdir() if (match := _STEP.fullmatch(path.name)))
 
 
-def find_latest(folder: Path | str) -> tuple[Path | None, list[str]]:
-    """Returns the newest checkpoint that verifies, None where there is none, and a warning for each one passed over."""
+def find_latest(
+    folder: Path | str, steps: list[int] | None = None, check: Callable[[Path], object] = verify
+) -> tuple[Path | None, list[str]]:
+    """Returns the newest checkpoint that verifies, None where there is none, and a warning for each one passed over.
+
+    Args:
+        folder: the checkpoints folder.
+        steps: those to look at, ascending; by default all that are there.
+        check: raises UserError for a checkpoint that is damaged.
+    """
     warnings = []
-    for step in reversed(list_steps(folder)):
+    for step in reversed(list_steps(folder) if steps is None else steps):
         path = step_folder(Path(folder), step)
         try:
-            verify(path)
+            check(path)
         except UserError as error:
             warnings.append(f"checkpoint {path.name} is passed over: {error}")
         else:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 def load(path: Path | str, engine: Engine, group: dist.ProcessGroup | None = None) -> Manifest:
     """Sets weights, moments and update count of `engine` to the checkpoint's, bit for bit; returns the manifest.
 
-    Collective. The checkpoint may have been saved by any number of ranks and any ZeRO stage. It is not verified here.
+    Collective. The checkpoint may have been saved by any layout of ranks. It is not verified here.
 
     Args:
         path: the step-N folder.
@@ -69,7 +69,7 @@ def load_weights(path: Path | str, model: LanguageModel) -> Manifest:
     path = Path(path)
     manifest = read_manifest(path)
     places = {name: (p, model.backend.logical(name, p)) for name, p in model.named_parameters()}
-    check_fit(path, manifest, {name: place.shape for name, (_, place) in places.items()})
+    check_fit(path, manifest, model.logical_shapes())
     files = MappedFiles(path)
     with torch.no_grad():
         for name, (parameter, place) in places.items():

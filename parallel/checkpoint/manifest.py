@@ -115,20 +115,22 @@ def read_manifest(path: Path) -> Manifest:
     return _from_json(body)
 
 
-def verify(path: Path | str, report: Callable[[str], None] | None = None) -> Manifest:
+def verify(path: Path | str, report: Callable[[str], None] | None = None, *, rank: int = 0, ranks: int = 1) -> Manifest:
     """Returns the manifest after reading every byte of the checkpoint; UserError names the first damaged file.
 
     Args:
         path: the step-N folder.
         report: called with a line per file that was read, for progress.
+        rank, ranks: reads each `ranks`th file alone, from the `rank`th, where others read the others.
     """
     path = Path(path)
     manifest = read_manifest(path)
-    for file in manifest.files:
+    files = manifest.files[rank::ranks]
+    for file in files:
         _check_size(path / file.name, file.bytes)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        checksums = pool.map(lambda file: checksum_of(path / file.name), manifest.files)
-        for file, found in zip(manifest.files, checksums, strict=True):
+        checksums = pool.map(lambda file: checksum_of(path / file.name), files)
+        for file, found in zip(files, checksums, strict=True):
             if found != file.checksum:
                 raise UserError(
                     f"{path / file.name} is damaged: its checksum is {found:08x}, {file.checksum:08x} was written; "

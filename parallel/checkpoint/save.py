@@ -24,9 +24,9 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from ...errors import UserError
 from ..engine import Engine
 from ..optimizer import Fragment
-from .folder import find_latest, prune, step_folder
+from .folder import find_latest, list_steps, prune, step_folder
 from .load import load
-from .manifest import Manifest, plain_json
+from .manifest import Manifest, plain_json, verify
 from .pieces import Pieces, pieces_of
 from .storage import FolderWriter
 
@@ -55,7 +55,7 @@ class Checkpointer:
         """
         self.wait()
         meta = plain_json(meta)
-        pieces = pieces_of(self._engine.logical_shapes(), self._copy_to_host(self._engine.fragments()))
+        pieces = pieces_of(self._engine.logical_shapes(), self._copy_to_host(self._engine.fragments(copies=False)))
         self._pending = self._thread.submit(self._write, step, self._engine.steps, pieces, meta)
 
     def wait(self) -> Path | None:
@@ -69,15 +69,26 @@ class Checkpointer:
         return self._pending is not None and not self._pending.done()
 
     def find_latest(self) -> tuple[Path | None, list[str]]:
-        """Returns the newest checkpoint that verifies, and warnings, as rank 0 sees them; collective."""
-        found: list[Any] = [None]
-        if self._group is None or dist.get_rank() == 0:
-            path, warned = find_latest(self.folder)
-            found = [(str(path) if path else None, warned)]
-        if self._group is not None:
-            dist.broadcast_object_list(found, src=0, group=self._group)
-        path, warned = found[0]
-        return Path(path) if path else None, warned
+        """Returns the newest checkpoint that verifies, and warnings, on every rank the same; collective.
+
+        The ranks share the reading, and what one of them finds damaged all pass over.
+        """
+        if self._group is None:
+            return find_latest(self.folder)
+        steps = [list_steps(self.folder)]
+        dist.broadcast_object_list(steps, src=0, group=self._group)
+        return find_latest(self.folder, steps[0], self._verify_together)
+
+    def _verify_together(self, path: Path) -> None:
+        """Raises UserError on every rank where one of them does."""
+        problem, problems = None, [None] * dist.get_world_size(self._group)
+        try:
+            verify(path, rank=dist.get_rank(self._group), ranks=len(problems))
+        except UserError as error:
+            problem = str(error)
+        dist.all_gather_object(problems, problem, group=self._group)
+        if found := next(filter(None, problems), None):
+            raise UserError(found)
 
     def load(self, path: Path | str) -> Manifest:
         """Sets the engine's state to that of the checkpoint at `path` and returns its manifest; collective."""

@@ -26,23 +26,24 @@ from longscan.launcher.validate import check_run, replica_size, stage_micro_rows
 
 FROZEN_KEYS = """
 model.preset model.vocab_size model.width model.layers model.pattern
-model.mlp.hidden model.mlp.activation model.mlp.bias
+model.mlp.hidden model.mlp.gated model.mlp.activation model.mlp.bias
 model.rg_lru.width model.rg_lru.gate_blocks model.rg_lru.conv_taps model.rg_lru.decay_init model.rg_lru.decay_range
 model.rg_lru.bias
 model.local_attention.heads model.local_attention.head_dim model.local_attention.kv_heads model.local_attention.position
-model.local_attention.rope_fraction model.local_attention.rope_base model.local_attention.output_bias
-model.local_attention.window
+model.local_attention.rope_fraction model.local_attention.rope_base model.local_attention.qkv_bias
+model.local_attention.output_bias model.local_attention.window
 model.attention.heads model.attention.head_dim model.attention.kv_heads model.attention.position
-model.attention.rope_fraction model.attention.rope_base model.attention.output_bias
+model.attention.rope_fraction model.attention.rope_base model.attention.qkv_bias model.attention.output_bias
 model.taylor_attention.heads model.taylor_attention.head_dim model.taylor_attention.feature_dim
 model.taylor_attention.scale model.taylor_attention.normalize
 model.short_conv.width model.short_conv.taps model.short_conv.bias
 model.linearized_attention.heads model.linearized_attention.head_dim model.linearized_attention.kv_heads
 model.linearized_attention.position model.linearized_attention.rope_fraction model.linearized_attention.rope_base
-model.linearized_attention.output_bias model.linearized_attention.group model.linearized_attention.local
-model.linearized_attention.feature_map model.linearized_attention.feature_dim model.linearized_attention.normalize
-model.linearized_attention.conv_taps
-model.norm_eps model.tie_embeddings model.embedding_scale model.position_embedding model.logit_soft_cap
+model.linearized_attention.qkv_bias model.linearized_attention.output_bias model.linearized_attention.group
+model.linearized_attention.local model.linearized_attention.feature_map model.linearized_attention.feature_dim
+model.linearized_attention.normalize model.linearized_attention.conv_taps
+model.norm model.norm_eps model.embedding_norm model.tie_embeddings model.embedding_scale model.position_embedding
+model.logit_soft_cap
 data.corpora data.corpora[].path data.corpora[].weight data.packing data.shuffle_window data.seed data.skipped_rows
 data.cache data.cache_gib data.verify
 stages stages[].seq_len stages[].tokens stages[].lr_scale stages[].micro_rows stages[].packing stages[].weights
@@ -50,12 +51,14 @@ batch.tokens batch.micro_rows batch.ramp_from batch.ramp_steps
 optimizer.lr optimizer.betas optimizer.eps optimizer.weight_decay optimizer.clip
 schedule.warmup_steps schedule.kind schedule.final_ratio schedule.decay_share
 parallel.data parallel.context parallel.tensor parallel.pipeline parallel.zero parallel.sequence_parallel
+parallel.offload_optimizer
+parallel.interleave parallel.stage_layers
 precision
 checkpoint.every checkpoint.keep_last checkpoint.keep_every
 validation.every validation.rows
 logging.every logging.tensorboard logging.wandb
 run.folder run.seed run.launcher run.workers run.device run.threads run.deterministic run.implementation
-run.timeout_seconds run.max_loss_ratio
+run.activation_checkpoint run.timeout_seconds run.max_loss_ratio
 """
 
 
@@ -224,8 +227,9 @@ RULES = [
     ("schedule.final_ratio=2", "schedule.final_ratio is 2.0; it must be at most 1"),
     ("batch.ramp_from=4096", "set both or neither"),
     ("batch.ramp_steps=3", "set both or neither"),
-    ("parallel.pipeline=2", "parallel.pipeline is 2"),
-    ("parallel.zero=3", "parallel.zero is 3"),
+    ("parallel={pipeline: 2, zero: 2}", "parallel.zero is 2 with parallel.pipeline 2"),
+    ("parallel={pipeline: 2, stage_layers: [1]}", "parallel.stage_layers is [1]"),
+    ("parallel.zero=4", "parallel.zero is 4"),
     ("run.max_loss_ratio=0.5", "run.max_loss_ratio is 0.5; it must be above 1"),
     ("checkpoint.keep_every=150", "checkpoint.keep_every is 150, not a multiple of checkpoint.every 100"),
     ("model.layers=0", "model.layers=0"),

@@ -64,6 +64,18 @@ def test_two_workers_stop_and_resume_as_one_run(tiny):
     assert {worker["address"] for event in formed for worker in event["workers"]} == {"127.0.0.1"}
 
 
+@pytest.mark.slow
+def test_a_run_goes_on_in_another_layout(tiny):
+    """Stages of layers, then pieces of rows, then stages again: one loss curve, the one of a single worker."""
+    layouts = ("parallel.pipeline=2", "run.activation_checkpoint=selective"), ("parallel.context=2",)
+    for stop, layout in enumerate([*layouts, ("parallel.pipeline=2", "parallel.stage_layers=[2,1]")], start=1):
+        config = tiny(*RAY, *layout, "validation.every=2")
+        train(config, stop_at=2 * stop)
+    alone = tiny(run="alone")
+    train(alone, stop_at=6)
+    assert losses(config.run.folder) == pytest.approx(losses(alone.run.folder), rel=1e-4)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
 def test_one_signal_saves_and_leaves_with_0(corpus, tmp_path, number):
     launcher = RAY if number == signal.SIGTERM else ()

@@ -112,15 +112,33 @@ def test_untied_scaled_and_capped(make_model, tokens, segments):
     logits = model(tokens, segments)
     raw = model.hidden(tokens, segments) @ model.unembedding.weight.T
     torch.testing.assert_close(logits, 2 * torch.tanh(raw / 2))
-    torch.testing.assert_close(model._embed(tokens, segments.positions), model.embedding.weight[tokens] * 32**0.5)
+    torch.testing.assert_close(model.embed(tokens, segments.positions), model.embedding.weight[tokens] * 32**0.5)
 
 
 def test_activation_checkpointing_changes_nothing(make_model, tokens, segments):
     results = []
-    for mode in ("none", "full"):
+    for mode in ("none", "selective", "full"):
         model = make_model(options={"activation_checkpoint": mode})
         results.append(loss_gradients(model, model(tokens, segments), tokens.roll(-1, 1)))
-    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+    torch.testing.assert_close(results[1:], results[:1] * 2, rtol=0, atol=0)
+
+
+def test_activation_checkpointing_keeps_less(make_model, tokens, segments):
+    kept = []
+    for mode in ("none", "selective", "full"):
+        model, saved = make_model(options={"activation_checkpoint": mode}), {}
+
+        def pack(tensor, saved=saved):
+            saved[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model.hidden(tokens, segments)
+        parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        kept.append(sum(t.untyped_storage().nbytes() for place, t in saved.items() if place not in parameters))
+    none, selective, full = kept
+    assert selective < 0.75 * none
+    assert full < 0.5 * selective
 
 
 def test_precisions(make_model, tokens, segments):

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed import run_distributed
-from safetensors.torch import load_file
+from stored import stored
 from tiny_model import TinyModel, train
 
 from longscan.errors import UserError
@@ -31,6 +31,7 @@ from longscan.parallel.checkpoint import (
     step_folder,
     verify,
 )
+from longscan.parallel.checkpoint import manifest as manifest_module
 from longscan.parallel.checkpoint import storage as storage_module
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -51,19 +52,6 @@ def whole(shapes, ranks):
     for name, start, values in (fragment for rank in ranks for fragment in rank):
         tensors[name][start : start + len(values)] = torch.tensor(values, dtype=torch.float32)
     return {name: tensor.view(shapes[name]) for name, tensor in tensors.items()}
-
-
-def stored(path):
-    """The logical tensors put together from the files with the safetensors library and the manifest alone."""
-    manifest = verify(path)
-    tensors = {name: torch.full(shape, float("nan")) for name, (shape, _) in manifest.tensors.items()}
-    for file in manifest.files:
-        content = load_file(path / file.name)
-        assert len(content) == len(file.chunks)
-        for chunk in file.chunks:
-            place = tuple(slice(o, o + s) for o, s in zip(chunk.box.offsets, chunk.box.sizes, strict=True))
-            tensors[chunk.tensor][place] = content[f"{chunk.tensor}[{','.join(map(str, chunk.box.offsets))}]"]
-    return tensors
 
 
 def in_layout(folder, name, data, zero, act):
@@ -91,6 +79,7 @@ def save_and_load_in_every_layout(folder):
         case = f"{name}.{data}-{zero}"
         found[case] = in_layout(folder, case, data, zero, load_and_train)
     found["full disk"] = in_layout(folder, "full", 2, 1, save_onto_a_full_disk)
+    found["damaged"] = in_layout(folder, "damaged", 3, 1, look_for_the_latest)
     return found
 
 
@@ -131,6 +120,23 @@ def load_and_train(engine, checkpointer, rank, data):
     return seen | {"after": train(engine, range(3, 6), rank, data), "end": fragments(engine)}
 
 
+def look_for_the_latest(engine, checkpointer, rank, data):
+    """Each rank reads a file of its own; where one is damaged all ranks turn to the step before."""
+    for step in (1, 2):
+        checkpointer.save(step, META)
+    path = checkpointer.wait()
+    read, checksum_of = [], manifest_module.checksum_of
+    manifest_module.checksum_of = lambda file: read.append(file.name) or checksum_of(file)
+    whole = str(checkpointer.find_latest()[0].name)
+    dist.barrier()
+    if rank == 0:
+        flip(path / "rank-00002.safetensors", 3000)
+    dist.barrier()
+    found, warnings = checkpointer.find_latest()
+    manifest_module.checksum_of = checksum_of
+    return {"whole": whole, "found": found.name, "warnings": warnings, "read": read}
+
+
 def save_onto_a_full_disk(engine, checkpointer, rank, data):
     """The second save fails on rank 1 alone, with an error of the operating system."""
     checkpointer.save(1, META)
@@ -154,7 +160,8 @@ def save_onto_a_full_disk(engine, checkpointer, rank, data):
 @pytest.fixture(scope="module")
 def layouts(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoints")
-    return folder, run_distributed(save_and_load_in_every_layout, 4, folder, join=False)
+    preload, env = ["deepspeed"], {"DS_ACCELERATOR": "cpu"}
+    return folder, run_distributed(save_and_load_in_every_layout, 4, folder, join=False, preload=preload, env=env)
 
 
 @pytest.fixture(scope="module")
@@ -216,6 +223,16 @@ def test_a_full_disk_on_one_rank_fails_the_save_on_all_and_leaves_the_older(layo
         assert "older checkpoints are intact" in found["message"]
         assert found["left"] == ["step-1"]
         assert found["then"].endswith("step-3")
+
+
+def test_ranks_share_the_reading_and_agree_on_what_is_damaged(layouts):
+    _, ranks = layouts
+    for rank in range(3):
+        found = ranks[rank]["damaged"]
+        assert (found["whole"], found["found"]) == ("step-2", "step-1")
+        assert found["read"] == [f"rank-{rank:05d}.safetensors"] * 3
+        (warning,) = found["warnings"]
+        assert "step-2 is passed over" in warning and "rank-00002.safetensors is damaged" in warning
 
 
 @pytest.fixture

@@ -28,9 +28,8 @@ def test_it_is_frozen():
     [
         ({"data": 0}, "parallel.data is 0"),
         ({"context": -1}, "parallel.context is -1"),
-        ({"pipeline": 2}, "parallel.pipeline is 2.*set parallel.pipeline=1"),
-        ({"zero": 2}, "parallel.zero is 2.*0 or 1"),
-        ({"tensor": 3}, "parallel.zero is 1 with parallel.tensor 3.*set parallel.zero=0 or parallel.tensor=1"),
+        ({"zero": 4}, "parallel.zero is 4; choose a stage of 0, 1, 2, 3"),
+        ({"zero": 0, "offload_optimizer": True}, "offload_optimizer needs parallel.zero >= 1, which is 0"),
         ({"sequence_parallel": True}, "sequence_parallel needs parallel.tensor > 1"),
         ({"data": 4}, "data 4 x .* = 4 ranks, but 3 are to be started; set parallel.data=3"),
         ({"context": 2}, "data 1 x context 2 x .* = 2 ranks, but 3 are to be started"),

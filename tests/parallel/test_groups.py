@@ -65,7 +65,7 @@ def share_axes(folder):
         for name, sizes in EIGHT.items():
             groups = layout_groups(ParallelDims(zero=0, **sizes))
             assert layout_groups(ParallelDims(zero=0, **sizes)) == groups, "made once"
-            found[name] = [members(group, rank) for group in (groups.tensor, groups.context, groups.copies)]
+            found[name] = [members(group, rank) for group in vars(groups).values()]
     return found
 
 
@@ -84,6 +84,8 @@ EIGHT = {
     "tensor x context": {"data": 2, "context": 2, "tensor": 2},
     "context": {"data": 2, "context": 4},
     "tensor": {"tensor": 8},
+    "context x pipeline": {"data": 2, "context": 2, "pipeline": 2},
+    "pipeline x tensor": {"pipeline": 4, "tensor": 2},
 }
 
 
@@ -91,11 +93,16 @@ def test_replicas_are_consecutive_ranks(tmp_path):
     ranks = run_distributed(share_axes, 8, tmp_path, join=False, preload=["megatron.core.parallel_state"])
     everyone = list(range(8))
     for rank, found in enumerate(ranks):
-        assert found["data"] == [None, None, everyone]
+        assert found["data"] == [None, None, everyone, None, None, None]
         tensor = rank - rank % 2
         context = rank - rank % 4 + rank % 2
-        copies = [other for other in everyone if other % 2 == rank % 2]
-        assert found["tensor x context"] == [[tensor, tensor + 1], [context, context + 2], copies]
+        pair, copies = [tensor, tensor + 1], [other for other in everyone if other % 2 == rank % 2]
+        assert found["tensor x context"] == [pair, [context, context + 2], copies, None, None, pair]
         replica = everyone[rank - rank % 4 :][:4]
-        assert found["context"] == [None, replica, everyone]
-        assert found["tensor"] == [everyone, None, None]
+        assert found["context"] == [None, replica, everyone, None, None, None]
+        assert found["tensor"] == [everyone, None, None, None, None, everyone]
+        stages, copies = [context, context + 2], [other for other in everyone if other % 4 // 2 == rank % 4 // 2]
+        assert found["context x pipeline"] == [None, pair, copies, stages, stages, stages]
+        stages = everyone[rank % 2 :: 2]
+        ends = [stages[0], stages[-1]] if rank in (stages[0], stages[-1]) else None
+        assert found["pipeline x tensor"] == [pair, None, None, stages, ends, everyone]

@@ -8,8 +8,20 @@ from torch import nn
 from longscan.data.batch import IGNORED_LABEL, Batch
 from longscan.kernels.segments import Segments
 from longscan.models import LocalBackend
+from longscan.parallel import deepspeed_setup
 
 VOCAB, WIDTH, TOKENS = 33, 7, 12
+STAGES = {
+    "0": {"zero": 0},
+    "1": {"zero": 1},
+    "2": {"zero": 2},
+    "3": {"zero": 3},
+    "1 offloaded": {"zero": 1, "offload_optimizer": True},
+    "2 offloaded": {"zero": 2, "offload_optimizer": True},
+    "3 offloaded": {"zero": 3, "offload_optimizer": True},
+}
+# Of TinyModel's parameters stage 3 shards four, and keeps two whole.
+deepspeed_setup.KEPT_WHOLE = 20
 
 
 class TinyModel(nn.Module):
@@ -45,6 +57,9 @@ class TinyModel(nn.Module):
 
     def forward(self, tokens, segments):
         return self.head(self.hidden(tokens, segments))
+
+    def logical_shapes(self):
+        return {name: tuple(parameter.shape) for name, parameter in self.named_parameters()}
 
     def no_weight_decay(self):
         return {"scale", "up.bias", "down.bias"}

@@ -16,6 +16,7 @@ VARIANTS = {
         "alibi-odd-heads": {"position": "alibi", "heads": 3, "output_bias": True},
         "none": {"position": "none", "kv_heads": 1},
         "half-rope": {"rope_fraction": 0.5},
+        "biased": {"position": "alibi", "qkv_bias": True, "output_bias": True},
     },
     "rg_lru": {
         "default": {},

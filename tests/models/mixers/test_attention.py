@@ -30,6 +30,7 @@ CASES = [
     ("attention", {"heads": 4, "kv_heads": 2, "rope_fraction": 0.5, "output_bias": True}),
     ("attention", {"heads": 3, "kv_heads": 1, "position": "alibi"}),
     ("attention", {"heads": 4, "kv_heads": 4, "position": "none"}),
+    ("attention", {"heads": 4, "kv_heads": 0, "qkv_bias": True}),
 ]
 
 
@@ -42,13 +43,16 @@ def test_attention_is_the_softmax_over_what_it_sees(make_config, name, fields):
     bias = torch.zeros(32, dtype=torch.float64)
     if options.output_bias:
         bias = mixer.output.bias.detach().normal_(generator=torch.Generator().manual_seed(1))
+    inputs = (mixer.query, mixer.key, mixer.value)
+    for layer in inputs if options.qkv_bias else ():
+        layer.bias.detach().normal_(generator=torch.Generator().manual_seed(3))
     lengths, heads, dims = [4, 9], options.heads, 8
     kv_heads, window = options.kv_heads or heads, fields.get("window", 99)
     x = torch.randn(1, 13, 32, generator=torch.Generator().manual_seed(2)).double()
     ours = mixer(x, LocalContext(Segments.from_lengths([lengths])))[0]
     expected = []
     for document in x[0].split(lengths):
-        q, k, v = (document @ layer.weight.T for layer in (mixer.query, mixer.key, mixer.value))
+        q, k, v = (torch.nn.functional.linear(document, layer.weight, layer.bias) for layer in inputs)
         for i in range(len(document)):
             first, row = max(0, i - window + 1), []
             for h in range(heads):

@@ -1,0 +1,118 @@
+"""Bytes a rank holds while it trains: parameters, gradients, optimizer state, activations and the largest temporary.
+
+Arithmetic on the configuration; nothing is built.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from ...kernels.cross_entropy.chunks import chunk_rows
+from ...models.config import ModelConfig
+from ...models.mixer_config import AttentionConfig, MixerConfig, RGLRUConfig, ShortConvConfig
+from .activations import activation_bytes, block_bytes, kept_by_block
+from .load import Load
+
+# Multiprocessors of an H100: they decide how many rows of logits the loss makes at a time.
+PROCESSORS = 132
+# DeepSpeed's defaults and ours: elements reduced at a time, and elements that stage 3 may hold gathered.
+BUCKET, MOST_LIVE = 2**26, 10**9
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank; `host` lies in host memory, and `temporary_name` says what the largest temporary is."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    activations: int
+    temporary: int
+    temporary_name: str
+    host: int = 0
+
+    @property
+    def total(self) -> int:
+        """Bytes in GPU memory when most is held: all activations, and the largest temporary above them."""
+        return self.parameters + self.gradients + self.optimizer + self.activations + self.temporary
+
+
+def memory(load: Load, stage: int = 0) -> Memory:
+    """What a rank of a pipeline stage holds; the first tensor rank's, which has the most."""
+    states = _states(load, stage)
+    name, temporary = max(temporaries(load, stage).items(), key=lambda entry: entry[1])
+    return Memory(**states, activations=activation_bytes(load, stage), temporary=temporary, temporary_name=name)
+
+
+def stage_params(load: Load, stage: int) -> int:
+    """Parameters on a rank of a pipeline stage."""
+    model, tensor = load.model, load.dims.tensor
+    blocks = sum(_block_params(model, name, tensor) for name in load.stage_mixers(stage))
+    first, last = stage == 0, stage == load.dims.pipeline - 1
+    tables = first + last - (model.tie_embeddings and first and last)
+    return blocks + tables * -(-model.vocab_size // tensor) * model.width + last * model.width
+
+
+def _block_params(model: ModelConfig, name: str, tensor: int) -> int:
+    """Parameters of a block on a rank: divided ones, and those that each tensor rank holds whole."""
+    width, options = model.width, model.mixer_config(name)
+    norms, bias = 2 * width, model.mlp.bias * width
+    mixer, whole = options.num_params(width), _whole_params(options, width, tensor)
+    return norms + (mixer - whole) // tensor + whole + (model.mlp.num_params(width) - bias) // tensor + bias
+
+
+def _whole_params(options: MixerConfig, width: int, tensor: int) -> int:
+    """A mixer's output bias, and key and value projections of heads fewer than ranks."""
+    if isinstance(options, AttentionConfig):
+        heads = options.key_heads(width)
+        return options.output_bias * width + (2 * width * heads * options.head_dim if heads % tensor else 0)
+    return width if isinstance(options, RGLRUConfig | ShortConvConfig) and options.bias else 0
+
+
+def _states(load: Load, stage: int) -> dict[str, int]:
+    """Bytes of parameters, gradients and optimizer state, on the device and in host memory.
+
+    Gradients are accumulated in fp32. bf16 has fp32 masters beside the parameters; DeepSpeed keeps them for fp32 too,
+    where stage 0's parameters are the masters. Masters and both moments take 12 bytes.
+    """
+    dims, params = load.dims, stage_params(load, stage)
+    share = -(-params // load.copies)
+    state = (12 if load.precision == "bf16" or dims.zero else 8) * (share if dims.zero else params)
+    return {
+        "parameters": load.element * (share if dims.zero == 3 else params),
+        "gradients": 4 * (share if dims.zero >= 2 else params),
+        "optimizer": 0 if dims.offload_optimizer else state,
+        # AdamW on the host has a gradient there too.
+        "host": state + 4 * share if dims.offload_optimizer else 0,
+    }
+
+
+def temporaries(load: Load, stage: int = 0) -> dict[str, int]:
+    """The bytes of what lives for a moment beside all activations, by its name.
+
+    A block that is computed again lives with its gradients; the loss runs before any block's backward pass.
+    """
+    model, element, tokens = load.model, load.element, load.tokens
+    width, hidden = model.width, model.mlp.hidden_size(model.width) // load.dims.tensor
+    # The product's gradient, the block's two, and that of the normed input from each of its readers.
+    gradients = tokens * (hidden + 4 * width) * element
+    again = max(block_bytes(load, name) - kept_by_block(load, name) for name in load.stage_mixers(stage))
+    found = {"a block computed again" if again else "an MLP's gradients": again + gradients}
+    if stage == load.dims.pipeline - 1:
+        vocabulary = -(-model.vocab_size // load.dims.tensor)
+        rows = min(tokens, chunk_rows(tokens, width, PROCESSORS))
+        logits = rows * vocabulary * element
+        # The gradients of the table and of the hidden states, handed on after the chunk's logits are gone.
+        handed_on = (vocabulary + tokens) * width * element
+        found["the loss"] = max(logits, handed_on) + (4 * vocabulary * width if load.dims.tensor > 1 else 0)
+    if load.dims.zero >= 2:
+        found["a bucket of gradients"] = BUCKET * (4 + element)
+    if load.dims.zero == 3:
+        live = min(stage_params(load, stage), MOST_LIVE) * element
+        found = {f"{name}, parameters gathered": size + live for name, size in found.items()}
+    return found
+
+
+def as_mapping(held: Memory) -> dict[str, int | str]:
+    """The bytes by name, and their total."""
+    return {field.name: getattr(held, field.name) for field in fields(held)} | {"total": held.total}
