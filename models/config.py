@@ -80,7 +80,7 @@ class ModelConfig:
     norm_eps: float = field(default=1e-6, metadata={"help": "added to the norm's mean square"})
     embedding_norm: bool = field(default=False, metadata={"help": "a norm after the embedding (BLOOM)"})
     tie_embeddings: bool = field(default=True, metadata={"help": "the head is the embedding's matrix"})
-    embedding_scale: bool = field(default=False, metadata={"help": "embeddings times sqrt(width) (RecurrentGemma)"})
+    embedding_scale: bool = field(default=False, metadata={"help": "embeddings times sqrt(width), that in bf16"})
     position_embedding: str = field(default="none", metadata={"help": "added to the embeddings: none or sinusoidal"})
     logit_soft_cap: float = field(default=0.0, metadata={"help": "c tanh(logits / c); 0 = off (RecurrentGemma: 30)"})
 

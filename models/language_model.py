@@ -104,7 +104,8 @@ class LanguageModel(nn.Module):
         """The hidden states [B, T, D] that the first block reads; `positions` are those in the documents."""
         x = self.embedding(tokens)
         if self.config.embedding_scale:
-            x = x * self.config.width**0.5
+            # Rounded to bf16 as in RecurrentGemma's code, whatever the dtype: 50.5, not 50.596, for its 2560.
+            x = x * torch.tensor(self.config.width**0.5, dtype=torch.bfloat16, device="cpu").item()
         if self.config.embedding_norm:
             x = self.embedding_norm(x)
         if self.config.position_embedding == "none":

@@ -76,6 +76,11 @@ class Resumption:
     def check(self, path: Path, meta: dict[str, Any]) -> Cursor:
         """The first row not trained yet; raises ConfigError where this run would not go on with it."""
         self.check_tokenizer(str(path), meta)
+        if "cursor" not in meta:
+            raise ConfigError(
+                f"{path} holds converted weights and no training to resume; begin a new run with them: --init-from "
+                f"{path} --run NEW_FOLDER."
+            )
         cursor = Cursor(**meta["cursor"])
         self._check_plan(path, meta, cursor)
         self._check_schedule(path, meta["step"], cursor)

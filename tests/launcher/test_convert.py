@@ -1,0 +1,374 @@
+"""`longscan convert`: the same function and the same bytes both ways, and nothing written where something is wrong."""
+
+import json
+import pkgutil
+import sys
+import weakref
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "models" / "convert"))
+published = pytest.importorskip("published", reason="transformers is not installed")
+from longscan.errors import ConfigError, UserError  # noqa: E402
+from longscan.kernels import Segments  # noqa: E402
+from longscan.launcher import cli, converting  # noqa: E402
+from longscan.launcher.config import resolve  # noqa: E402
+from longscan.launcher.converting import convert  # noqa: E402
+from longscan.launcher.elastic.supervisor import train  # noqa: E402
+from longscan.launcher.trained import open_trained  # noqa: E402
+from longscan.launcher.validate import check_run  # noqa: E402
+from longscan.parallel import checkpoint as checkpoints  # noqa: E402
+from longscan.parallel.checkpoint.boxes import Box  # noqa: E402
+from longscan.parallel.checkpoint.manifest import Chunk, DataFile, Manifest  # noqa: E402
+from longscan.parallel.checkpoint.storage import MappedFiles  # noqa: E402
+
+TOKENS = torch.randint(0, published.VOCAB, (2, 20), generator=torch.Generator().manual_seed(1))
+SHORT = [
+    "stages=[{seq_len: 32, tokens: 128}]",
+    "batch.tokens=64",
+    "batch.micro_rows=1",
+    "schedule.warmup_steps=1",
+    "validation.every=0",
+    "run.launcher=inline",
+]
+SOURCES = {
+    "griffin": published.griffin,
+    "hawk": lambda: published.griffin(block_types=["recurrent"], num_hidden_layers=2),
+    "llama": published.llama,
+    "bloom": published.bloom,
+    "llama-tied-biases": lambda: published.llama(tie_word_embeddings=True, mlp_bias=True),
+}
+
+
+def write_tokenizer(folder: Path, size: int = published.VOCAB) -> None:
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, size)}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<pad>"))
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+@pytest.fixture
+def source(tmp_path):
+    """Makes a model of transformers with a tokenizer."""
+
+    def make(name: str = "llama", dtype: torch.dtype = torch.float32, **options) -> Path:
+        folder = published.save(SOURCES[name](), tmp_path / "source", dtype, **options)
+        write_tokenizer(folder)
+        (folder / "LICENSE").write_text("a license")
+        return folder
+
+    return make
+
+
+def logits_of_run(path: Path) -> torch.Tensor:
+    return open_trained(path, "cpu").model(TOKENS, Segments.whole(*TOKENS.shape))
+
+
+def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    return (found - expected).abs().max() < 2e-6 * expected.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("name", SOURCES)
+def test_the_round_trip_returns_the_same_bytes(source, tmp_path, name, dtype):
+    folder = source(name, dtype)
+    there = convert(folder, tmp_path / "run")
+    back = convert(tmp_path / "run", tmp_path / "back")
+    assert (there.to, back.to, there.rounded, back.rounded) == ("longscan", "huggingface", 0, 0)
+    for file in ("model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "LICENSE"):
+        assert (tmp_path / "back" / file).read_bytes() == (folder / file).read_bytes(), file
+    again = convert(tmp_path / "back", tmp_path / "run2")
+    assert again.rounded == 0
+    names = [path.relative_to(tmp_path / "run") for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    for file in (file for file in names if file.suffix == ".safetensors" or file.name == "config.yaml"):
+        assert (tmp_path / "run2" / file).read_bytes() == (tmp_path / "run" / file).read_bytes(), file
+
+
+@pytest.mark.parametrize("name", ["griffin", "llama"])
+def test_a_converted_model_is_a_run_that_opens(source, tmp_path, name):
+    folder = source(name)
+    convert(folder, tmp_path / "run")
+    checkpoints.verify(tmp_path / "run" / "checkpoints" / "step-0")
+    trained = open_trained(tmp_path / "run", "cpu")
+    assert close(logits_of_run(tmp_path / "run"), published.logits(folder, TOKENS))
+    info = trained.tokenizer.info
+    said = json.loads((folder / "config.json").read_text())
+    assert (info.bos_id, info.eos_id) == (said["bos_token_id"], said["eos_token_id"])
+    assert "longscan generate run" in (tmp_path / "run" / "README.md").read_text()
+    assert "parameters | " in (tmp_path / "run" / "README.md").read_text()
+
+
+def test_sharded_files_both_ways(source, tmp_path):
+    folder = source("griffin", max_shard_size="8KB")
+    assert len(list(folder.glob("model-*.safetensors"))) > 2
+    convert(folder, tmp_path / "run", shard_bytes=8000)
+    assert len(list((tmp_path / "run" / "checkpoints" / "step-0").glob("rank-*.safetensors"))) > 2
+    convert(tmp_path / "run", tmp_path / "back", shard_bytes=8000)
+    files = sorted((tmp_path / "back").glob("model-*.safetensors"))
+    assert len(files) > 2
+    assert all(sum(t.nbytes for t in load_file(file).values()) <= 8000 for file in files)
+    whole = {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    found = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    assert whole.keys() == found.keys()
+    assert all(torch.equal(whole[name], found[name]) for name in whole)
+    assert torch.equal(published.logits(tmp_path / "back", TOKENS), published.logits(folder, TOKENS))
+
+
+def test_names_without_the_base_prefix_and_a_head_that_repeats_the_embedding(source, tmp_path):
+    folder = source("llama-tied-biases")
+    tensors = {name.removeprefix("model."): t for name, t in load_file(folder / "model.safetensors").items()}
+    tensors["lm_head.weight"] = tensors["embed_tokens.weight"].clone()
+    tensors["layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(3)
+    expected = published.logits(folder, TOKENS)
+    save_file(tensors, folder / "model.safetensors")
+    convert(folder, tmp_path / "run")
+    assert close(logits_of_run(tmp_path / "run"), expected)
+    tensors["lm_head.weight"][0, 0] += 1
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(UserError, match="lm_head.weight"):
+        convert(folder, tmp_path / "other")
+
+
+def test_fp64_comes_back_too(source, tmp_path):
+    folder = source("griffin", torch.float64)
+    assert convert(folder, tmp_path / "run").rounded > 0
+    assert convert(tmp_path / "run", tmp_path / "back").rounded == 0
+    assert (tmp_path / "back" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+
+
+def test_dtype_and_what_is_rounded(source, tmp_path):
+    folder = source("llama")
+    convert(folder, tmp_path / "run")
+    report = convert(tmp_path / "run", tmp_path / "half", dtype="bf16")
+    tensors = load_file(tmp_path / "half" / "model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    assert report.rounded == len(tensors)
+    assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][0] = 0.1  # in fp32 (0.1 - 1) + 1 is not 0.1
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    assert convert(folder, tmp_path / "rounded").rounded == 1
+    assert convert(tmp_path / "rounded", tmp_path / "back").rounded == 0
+    assert (tmp_path / "back" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    found = load_file(tmp_path / "rounded" / "huggingface" / "model.safetensors")
+    assert found.keys() == {"model.norm.weight"}
+
+
+def test_trained_from_a_converted_model_and_back(corpus, tmp_path):
+    folder = published.save(published.griffin(vocab_size=320, bos_token_id=256), tmp_path / "source")
+    convert(folder, tmp_path / "run", tokenizer="bytes")
+    fixed = [f"data.corpora=[{corpus}]", *SHORT, "run.threads=1", "run.device=cpu", "logging.tensorboard=false"]
+    config, _ = check_run(resolve(str(tmp_path / "run"), [*fixed, f"run.folder={tmp_path / 'tuned'}"]))
+    assert train(config, init_from=str(tmp_path / "run")).status == "finished"
+    with pytest.raises(ConfigError, match="holds converted weights and no training to resume"):
+        train(replace(config, run=replace(config.run, folder=str(tmp_path / "run"))))
+    report = convert(tmp_path / "tuned", tmp_path / "back")
+    assert (report.family, report.rounded) == ("recurrent_gemma", 0)
+    assert close(published.logits(tmp_path / "back", TOKENS), logits_of_run(tmp_path / "tuned"))
+    assert not close(published.logits(tmp_path / "back", TOKENS), published.logits(folder, TOKENS))
+    card = (tmp_path / "back" / "README.md").read_text()
+    assert "Step 2 of the run `tuned`" in card and "bytes of UTF-8" in card
+
+
+def test_a_model_that_no_architecture_says(tiny, tmp_path):
+    train(tiny(*SHORT))
+    with pytest.raises(ConfigError, match=r"model.logit_soft_cap=0.0 would be 30.0.*llama: it has no local_att"):
+        convert(tmp_path / "run", tmp_path / "back")
+
+
+def test_tensors_are_put_together_from_boxes(tmp_path):
+    whole = torch.randn(5, 4)
+    boxes = [Box((0, 0), (5, 1)), Box((0, 1), (2, 3)), Box((2, 1), (3, 3))]
+    files = []
+    for number, box in enumerate(boxes):
+        rows, columns = (slice(o, o + n) for o, n in zip(box.offsets, box.sizes, strict=True))
+        path = tmp_path / f"{number}.safetensors"
+        entry = converting.published.Entry("x", "F32", box.sizes)
+        written = converting.published.write_file(path, [entry], [whole[rows, columns]])
+        assert load_file(path)["x"].equal(whole[rows, columns])
+        assert checkpoints.manifest.checksum_of(path) == written.checksum
+        files.append(DataFile(path.name, written.bytes, written.checksum, (Chunk("x", box, written.begins[0]),)))
+    manifest = Manifest(0, 0, {"x": ((5, 4), "F32")}, tuple(files), {})
+    assert converting.whole_tensor(manifest, MappedFiles(tmp_path), "x").equal(whole)
+
+
+# Bad input
+
+
+def change_config(**fields):
+    def change(folder: Path) -> None:
+        path = folder / "config.json"
+        said = {**json.loads(path.read_text()), **fields}
+        path.write_text(json.dumps({key: value for key, value in said.items() if value is not ...}))
+
+    return change
+
+
+def change_tensors(**tensors):
+    def change(folder: Path) -> None:
+        held = load_file(folder / "model.safetensors")
+        held |= {name.replace("__", "."): tensor for name, tensor in tensors.items()}
+        save_file({name: t for name, t in held.items() if t is not None}, folder / "model.safetensors")
+
+    return change
+
+
+def truncate(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def only_a_pickle(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def lost_shard(folder: Path) -> None:
+    index = {"weight_map": {"lm_head.weight": "model-1.safetensors", "x": "model-2.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+
+
+def wrong_index(folder: Path) -> None:
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "model.safetensors"}}))
+
+
+BAD = {
+    "unknown field": (change_config(sliding_window=64), ConfigError, r"not known of llama models: sliding_window=64"),
+    "lacking field": (change_config(hidden_size=...), ConfigError, r"lacks hidden_size"),
+    "scaled rope": (change_config(rope_scaling={"rope_type": "llama3", "factor": 8.0}), ConfigError, r"llama3"),
+    "other activation": (change_config(hidden_act="gelu"), ConfigError, r"hidden_act='gelu'.*'silu'"),
+    "other model": (change_config(model_type="lama"), ConfigError, r"model_type='lama'.*known: llama"),
+    "impossible": (change_config(num_attention_heads=3, head_dim=7), ConfigError, r"rope_fraction|kv_heads"),
+    "no number": (change_config(hidden_size="wide"), ConfigError, r"a value that makes no llama model"),
+    "no heads": (change_config(num_attention_heads=0), ConfigError, r"a value that makes no llama model"),
+    "not JSON": (lambda folder: (folder / "config.json").write_text("{"), UserError, r"config.json is not JSON"),
+    "wrong shape": (
+        change_tensors(model__norm__weight=torch.ones(7)),
+        UserError,
+        r"model.norm.weight is \[7\], by config.json it would be \[24\]",
+    ),
+    "missing tensor": (change_tensors(lm_head__weight=None), UserError, r"lm_head.weight \[64, 24\] is missing"),
+    "surplus tensor": (change_tensors(model__extra=torch.ones(2)), UserError, r"model.extra \[2\] is not a tensor of"),
+    "unknown dtype": (
+        change_tensors(model__norm__weight=torch.ones(24, dtype=torch.int8)),
+        UserError,
+        r"model.norm.weight is I8",
+    ),
+    "truncated": (truncate, UserError, r"model.safetensors \(\d+ bytes\) cannot be read"),
+    "only a pickle": (only_a_pickle, UserError, r"pytorch_model.bin is a pickle, which is never read"),
+    "lost shard": (lost_shard, UserError, r"model-2.safetensors \(missing\)"),
+    "wrong index": (wrong_index, UserError, r"holds no x, which model.safetensors.index.json says"),
+    "larger tokenizer": (lambda folder: write_tokenizer(folder, 65), ConfigError, r"has 64 rows and the tokenizer 65"),
+    "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), ConfigError, r"has no tokenizer.json"),
+    "no tokenizer.json": (
+        lambda folder: (folder / "tokenizer.json").write_text("{}"),
+        ConfigError,
+        r"not a Hugging Face tokenizer.json",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_what_does_not_fit_is_said_before_anything_is_written(source, tmp_path, what):
+    spoil, error, message = BAD[what]
+    folder = source()
+    spoil(folder)
+    with pytest.raises(UserError, match=message) as raised:
+        convert(folder, tmp_path / "run")
+    assert type(raised.value) is error
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_tokenizer_of_another_model(tmp_path):
+    folder = published.save(published.llama(vocab_size=2000), tmp_path / "source")
+    write_tokenizer(folder)
+    with pytest.raises(ConfigError, match="has 2000 rows and the tokenizer 64 tokens"):
+        convert(folder, tmp_path / "run")
+
+
+def test_options_that_do_not_fit(source, tmp_path):
+    folder = source()
+    for options, message in (
+        ({"to": "huggingface"}, "can only be converted to 'longscan'"),
+        ({"to": "onnx"}, "one of huggingface, longscan"),
+        ({"dtype": "bf16"}, "always fp32"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            convert(folder, tmp_path / "run", **options)
+    convert(folder, tmp_path / "run", to="longscan")
+    for options, message in (
+        ({"to": "longscan"}, "can only be converted to 'huggingface'"),
+        ({"dtype": "int8"}, "one of fp32, bf16, fp16"),
+        ({"tokenizer": "bytes"}, "has its own"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            convert(tmp_path / "run", tmp_path / "back", **options)
+    with pytest.raises(ConfigError, match="exists and is never written over"):
+        convert(folder, tmp_path / "run")
+    with pytest.raises(ConfigError, match="holds neither"):
+        convert(tmp_path, tmp_path / "x")
+    with pytest.raises(ConfigError, match="is no folder"):
+        convert(tmp_path / "nowhere", tmp_path / "x")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "source"]
+
+
+@pytest.mark.parametrize("way", ["there", "back"])
+def test_a_full_disk_leaves_nothing(source, tmp_path, monkeypatch, way):
+    folder = source()
+    if way == "back":
+        convert(folder, tmp_path / "run")
+        folder = tmp_path / "run"
+    before = sorted(path.name for path in tmp_path.iterdir())
+
+    def full(file):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("longscan.models.convert.files.sync", full)
+    with pytest.raises(UserError, match="No space left on device; nothing is left of it"):
+        convert(folder, tmp_path / "target")
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("reader", ["published.Weights.read", "whole_tensor"])
+def test_memory_holds_one_tensor(source, tmp_path, monkeypatch, reader):
+    """When a tensor is read, at most the one read before is still held."""
+    owner, _, name = f"longscan.launcher.converting.{reader}".rpartition(".")
+    original, read = pkgutil.resolve_name(f"{owner}.{name}"), []
+
+    def counted(*arguments):
+        assert sum(tensor() is not None for tensor in read) <= 1
+        tensor = original(*arguments)
+        read.append(weakref.ref(tensor))
+        return tensor
+
+    folder = source("griffin")
+    monkeypatch.setattr(f"{owner}.{name}", counted)
+    convert(folder, tmp_path / "run")
+    convert(tmp_path / "run", tmp_path / "back")
+    assert len(read) == len(load_file(folder / "model.safetensors"))
+
+
+def test_the_command(source, tmp_path, capsys):
+    def run(*arguments) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as exit:
+            cli.main(["convert", *map(str, arguments)])
+        captured = capsys.readouterr()
+        return int(exit.value.code or 0), captured.out, captured.err
+
+    folder = source()
+    capsys.readouterr()
+    code, out, _ = run(folder, tmp_path / "run", "--json")
+    said = json.loads(out)
+    assert code == 0 and said["to"] == "longscan" and said["family"] == "llama" and said["rounded"] == 0
+    code, out, _ = run(tmp_path / "run", tmp_path / "back", "--to", "huggingface", "--dtype", "fp16")
+    assert code == 0 and "21 tensors were rounded" in out
+    assert run(folder, tmp_path / "run")[0] == 2
+    truncate(folder)
+    code, out, err = run(folder, tmp_path / "run2")
+    assert (code, out) == (1, "") and "cannot be read" in err
