@@ -48,12 +48,26 @@ def test_help_needs_no_heavy_library():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stderr.strip() == "[]"
-    for command in ("prepare", "train", "eval", "generate", "config", "doctor"):
+    for command in ("prepare", "train", "eval", "generate", "config", "doctor", "models", "plan", "convert", "bench"):
         assert command in done.stdout
 
 
 @pytest.mark.parametrize(
-    "command", [["prepare"], ["train"], ["eval"], ["eval", "extrapolate"], ["generate"], ["config"], ["doctor"]]
+    "command",
+    [
+        ["prepare"],
+        ["train"],
+        ["eval"],
+        ["eval", "extrapolate"],
+        ["generate"],
+        ["config"],
+        ["doctor"],
+        ["models"],
+        ["plan"],
+        ["convert"],
+        ["bench"],
+        ["bench", "kernels"],
+    ],
 )
 def test_every_command_explains_itself(command):
     done = CliRunner().invoke(cli.app, [*command, "--help"])
