@@ -14,9 +14,9 @@ With groups the state is kept in two parts: the sum over completed groups, which
 which those of later groups see. They are joined where the group changes. At the ends of a row the state is given as
 (both, open) from left to right, and its gradient, walked from right to left, as (both, -open).
 
-bf16 inputs are multiplied as bf16, fp16 as tf32 (states may exceed fp16), fp32 as fp32. Every sum has one fixed order,
-so bits repeat. No exponential is taken of a positive number. Documents and groups are numbered from 0, those that
-entered.
+bf16 inputs are multiplied as bf16, fp16 as tf32 (states may exceed fp16), fp32 as fp32, and so is all of an odd K or V.
+Every sum has one fixed order, so bits repeat. No exponential is taken of a positive number. Documents and groups are
+numbered from 0, those that entered.
 """
 
 # The types of jitted functions and of their launches are beyond a type checker.
@@ -119,12 +119,15 @@ def plan(q: Tensor | None, k: Tensor, v: Tensor, groups: Tensor | None, normaliz
     """The cut for inputs: chunks by their dtype, pieces enough to fill the GPU."""
     batch, tokens, key_heads, key_dim = k.shape
     heads = key_heads if q is None else q.shape[2]
-    narrow = k.dtype == torch.bfloat16
+    # Where rows are read entry by entry, as of an odd width or of one that is no constant, ptxas 12.8 loses a uniform
+    # register of wgmma's operands, and a product reads another place. Widths are constants, odd ones take no wgmma.
+    odd = (key_dim | v.shape[3]) % 2
+    narrow = k.dtype == torch.bfloat16 and not odd
     wide_chunk = WIDE_CHUNK if max(key_dim, v.shape[3]) <= 64 else WIDE_CHUNK // 2
     chunk = min(CHUNK if narrow else wide_chunk, UNIT, max(16, triton.next_power_of_2(tokens)))
     # The interpreter multiplies the bits of bf16; there the operands are fp32.
     operand = tl.bfloat16 if narrow and k.is_cuda else tl.float32
-    precision = "ieee" if k.dtype == torch.float32 else "tf32"
+    precision = "ieee" if k.dtype == torch.float32 or odd else "tf32"
     slots = 1 if groups is None else 2
     width = v.shape[3] + normalize
     pieces, span = _cut(tokens, batch * heads, v.shape[3])
@@ -182,8 +185,8 @@ def _walk(
     eps,
     tokens,
     heads,
-    x_dim,
-    u_dim,
+    x_dim: tl.constexpr,
+    u_dim: tl.constexpr,
     width,
     span,
     pieces,
@@ -485,8 +488,8 @@ def _decay_gradients(
     scale,
     tokens,
     heads,
-    key_dim,
-    value_dim,
+    key_dim: tl.constexpr,
+    value_dim: tl.constexpr,
     width,
     C: tl.constexpr,
     BLOCK_K: tl.constexpr,
