@@ -27,7 +27,7 @@ FEW = [
     "pp4-uneven griffin packed",
     "pp2-interleaved-dp2 based packed",
     "pp2-dp2-zero1 griffin packed",
-    "pp2-tp2-sp griffin packed",
+    "pp2-tp2-sp biased packed",
     "pp2-tp2-zero1 griffin packed",
     "pp2-cp2-selective hawk packed",
     "dp2-tp2-zero2 hawk packed",
