@@ -89,6 +89,14 @@ def launches() -> Iterator[list[str]]:
         knobs.runtime.launch_enter_hook.remove(note)
 
 
+def time_or_error(run: Callable[[], object], repeat: int = 15) -> str:
+    """The milliseconds of `run` to print, or why it does not run: among tiles that is an answer."""
+    try:
+        return f"{milliseconds(run, repeat):.4f} ms"
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error)[:120]}"
+
+
 def copy_rate() -> float:
     """Bytes a second of a device copy, read and written bytes counted."""
     source = torch.empty(2**30, dtype=torch.uint8, device="cuda")

@@ -15,7 +15,7 @@ from longscan.kernels import gate_projections, rg_lru
 from longscan.kernels.block_diagonal import kernel, reference
 from longscan.kernels.block_diagonal.kernel import Tile
 
-from .gpu_timing import Work, milliseconds
+from .gpu_timing import Work, time_or_error
 
 TOKENS, WIDTH, BLOCKS = 32768, 2560, 16
 SIDE = WIDTH // BLOCKS
@@ -94,10 +94,10 @@ def candidates() -> None:
         chosen = getattr(kernel, attribute)
         for tile in tiles:
             setattr(kernel, attribute, Tile(*tile))
-            print(f"gates {attribute} {tile}: {_time(run)}", flush=True)
+            print(f"gates {attribute} {tile}: {time_or_error(run)}", flush=True)
         setattr(kernel, attribute, chosen)
     for label, run in _cublas(x, weight_a, bias_a, da).items():
-        print(f"one gate by cuBLAS, {label}: {_time(run)}", flush=True)
+        print(f"one gate by cuBLAS, {label}: {time_or_error(run)}", flush=True)
 
 
 def _cublas(x: Tensor, weight: Tensor, bias: Tensor, dy: Tensor) -> dict[str, Callable[[], object]]:
@@ -112,13 +112,6 @@ def _cublas(x: Tensor, weight: Tensor, bias: Tensor, dy: Tensor) -> dict[str, Ca
         "WEIGHTS without bias": lambda: torch.bmm(x.mT, dy),
         "bias": lambda: dy.sum(1),
     }
-
-
-def _time(run: Callable[[], object]) -> str:
-    try:
-        return f"{milliseconds(run, 15):.4f} ms"
-    except Exception as error:
-        return f"{type(error).__name__}: {str(error)[:120]}"
 
 
 if __name__ == "__main__":

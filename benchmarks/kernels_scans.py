@@ -13,7 +13,7 @@ from longscan.kernels.linear_scan import kernel as scan_kernel
 from longscan.kernels.linear_scan.kernel import Tile
 from longscan.kernels.rg_lru import kernel as gated_kernel
 
-from .gpu_timing import Work, milliseconds
+from .gpu_timing import Work, time_or_error
 
 SHAPES = ((1, 32768, 2560), (8, 2048, 2560))
 LENGTHS = (2048, 8192, 131072)
@@ -122,15 +122,8 @@ def candidates() -> None:
                 chosen = getattr(module, attribute)
                 for tile in tiles:
                     setattr(module, attribute, (Tile(*tile),) * 2)
-                    print(f"{work.name} {attribute} {tile}: {_time(run)}", flush=True)
+                    print(f"{work.name} {attribute} {tile}: {time_or_error(run)}", flush=True)
                 setattr(module, attribute, chosen)
-
-
-def _time(run) -> str:
-    try:
-        return f"{milliseconds(run, 15):.4f} ms"
-    except Exception as error:
-        return f"{type(error).__name__}: {str(error)[:120]}"
 
 
 if __name__ == "__main__":

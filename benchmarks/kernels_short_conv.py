@@ -17,7 +17,7 @@ from longscan.kernels import short_conv
 from longscan.kernels.short_conv import kernel
 from longscan.kernels.short_conv.kernel import Tile
 
-from .gpu_timing import Work, milliseconds
+from .gpu_timing import Work, time_or_error
 
 WIDTH = 2560
 HEADS = 16
@@ -127,15 +127,8 @@ def candidates() -> None:
             chosen = getattr(kernel, attribute)
             for tile in tiles[attribute]:
                 setattr(kernel, attribute, (Tile(*tile),) * 2)
-                print(f"{label} {attribute} {tile}: {_time(run)}", flush=True)
+                print(f"{label} {attribute} {tile}: {time_or_error(run)}", flush=True)
             setattr(kernel, attribute, chosen)
-
-
-def _time(run: Callable[[], object]) -> str:
-    try:
-        return f"{milliseconds(run, 10):.4f} ms"
-    except Exception as error:
-        return f"{type(error).__name__}: {str(error)[:120]}"
 
 
 if __name__ == "__main__":

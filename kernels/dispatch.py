@@ -6,6 +6,7 @@ Nothing falls back in silence: "triton" raises with the reason where it cannot r
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import logging
@@ -78,3 +79,8 @@ def _why_not_triton(op: str, device_type: str, dtype: torch.dtype) -> str | None
 def log_choice(op: str, device_type: str, dtype: torch.dtype, asked: str, chosen: str) -> None:
     """Logs, the first time, what runs an op and what was asked for."""
     logger.info("%s on %s in %s: %s (asked: %s)", op, device_type, str(dtype).removeprefix("torch."), chosen, asked)
+
+
+def on(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
+    """Launches inside go to the tensor's GPU; nothing to do for the interpreter."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

@@ -23,7 +23,6 @@ indices i_.
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +30,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from ..dispatch import on
 
 # Channels a group where a program does not keep a whole block.
 GROUP = 64
@@ -366,7 +367,7 @@ def forward(x: Tensor, weight_a: Tensor, bias_a: Tensor, weight_x: Tensor, bias_
     gate_a, gate_x = torch.empty_like(x), torch.empty_like(x)
     tokens, cut = x.numel() // x.shape[-1], plan(weight_a, FORWARD)
     workers = cut.workers(tokens)
-    with _on(x):
+    with on(x):
         _forward[cut.grid(workers)](
             x, weight_a, bias_a, weight_x, bias_x, gate_a, gate_x, tokens, workers, **cut.constants(operand(x))
         )
@@ -386,7 +387,7 @@ def input_gradient(dgate_a: Tensor, dgate_x: Tensor, weight_a: Tensor, weight_x:
     dx = torch.empty_like(dgate_a)
     tokens, cut = dx.numel() // dx.shape[-1], plan(weight_a, INPUTS)
     workers = cut.workers(tokens)
-    with _on(dx):
+    with on(dx):
         _inputs[cut.grid(workers)](
             dgate_a, dgate_x, weight_a, weight_x, dx, tokens, workers, **cut.constants(operand(dx))
         )
@@ -399,13 +400,8 @@ def weight_gradients(dgate_a: Tensor, dgate_x: Tensor, x: Tensor, weight: Tensor
     workers = cut.workers(tokens, 2)
     dweight = torch.empty(workers, 2, *weight.shape, dtype=torch.float32, device=x.device)
     dbias = torch.empty(workers, 2, x.shape[-1], dtype=torch.float32, device=x.device)
-    with _on(x):
+    with on(x):
         _weights[cut.grid(workers, 2)](
             x, dgate_a, dgate_x, dweight, dbias, tokens, workers, **cut.constants(operand(x), 64)
         )
     return dweight.sum(0).to(weight.dtype), dbias.sum(0).to(weight.dtype)
-
-
-def _on(tensor: Tensor) -> contextlib.AbstractContextManager:
-    """Launches inside go to the tensor's GPU; nothing to do for the interpreter."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

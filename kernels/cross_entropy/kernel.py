@@ -9,7 +9,6 @@ A row of one block is read once and kept in registers. A longer one is read twic
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..dispatch import on
 from .reference import Pieces
 
 # Columns a step of a program: 16 values a thread.
@@ -194,7 +194,7 @@ def _loss_and_gradient(
 def statistics(logits: Tensor, labels: Tensor, soft_cap: float) -> Pieces:
     """(highest, total, target, spread) [n]; `target` is 0 where the label is not a column of these logits."""
     highest, total, target, spread = (_per_row(logits) for _ in range(4))
-    with _on(logits):
+    with on(logits):
         _statistics[(logits.shape[0],)](
             logits, labels, highest, total, target, spread, logits.shape[1], soft_cap, **_options(logits, soft_cap)
         )
@@ -206,7 +206,7 @@ def gradient_(
 ) -> None:
     """Overwrites the logits by their gradient; by_total, by_target and by_spread are [n]."""
     coefficients = [t.contiguous() for t in (highest, by_total, by_target, by_spread)]
-    with _on(logits):
+    with on(logits):
         _gradient[(logits.shape[0],)](logits, labels, *coefficients, logits.shape[1], cap, **_options(logits, cap))
 
 
@@ -215,7 +215,7 @@ def loss_and_gradient_(
 ) -> Tensor:
     """Losses [n], 0 where the label is `ignored`; overwrites the logits by the gradient of the losses' sum."""
     losses = _per_row(logits)
-    with _on(logits):
+    with on(logits):
         options = _options(logits, cap)
         whole = options["BLOCK"] >= logits.shape[1]
         _loss_and_gradient[(logits.shape[0],)](
@@ -231,8 +231,3 @@ def _options(logits: Tensor, cap: float) -> dict[str, Any]:
 
 def _per_row(logits: Tensor) -> Tensor:
     return torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
-
-
-def _on(tensor: Tensor) -> contextlib.AbstractContextManager:
-    """Launches inside go to the tensor's GPU; nothing to do for the interpreter."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

@@ -24,7 +24,6 @@ numbered from 0, those that entered.
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -32,6 +31,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from ..dispatch import on
 
 # Programs of a walk that fill a GPU of 132 SMs, and so many that cutting rows no longer pays for the second reading.
 PROGRAMS, ENOUGH = 396, 128
@@ -843,8 +844,3 @@ def joined(state: Tensor, groups: Tensor | None, reverse: bool = False) -> Tenso
 def packed(*tensors: Tensor | None) -> list[Any]:
     """The tensors laid out contiguously, as the kernels address them."""
     return [None if t is None else t.contiguous() for t in tensors]
-
-
-def on(tensor: Tensor) -> contextlib.AbstractContextManager:
-    """Launches inside go to the tensor's GPU; nothing to do for the interpreter."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

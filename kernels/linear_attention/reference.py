@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..linear_scan.reference import state_dtype
+
 CHUNK = 64
 
 
@@ -81,7 +83,7 @@ def forward(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """(y, final_state [B, H, slots, K, W]); see op.py. `decay` [B, H, T]; the ids int32 [B, T]."""
-    dtype, out, tokens = _wide(q, k, v), v.dtype, q.shape[1]
+    dtype, out, tokens = state_dtype(q, k, v), v.dtype, q.shape[1]
     qs = _chunks(q.to(dtype)).unflatten(3, (k.shape[2], -1)) * scale
     ks, vs = _chunks(k.to(dtype)), _chunks((_with_one(v) if normalize else v).to(dtype))
     cut = _cut(ks, decay, documents, groups)
@@ -101,7 +103,7 @@ def summarize(
     k: Tensor, v: Tensor, decay: Tensor | None, documents: Tensor | None, groups: Tensor | None, normalize: bool
 ) -> Tensor:
     """State [B, H, slots, K, W] that the piece leaves from zero; see op.py."""
-    dtype = _wide(k, v)
+    dtype = state_dtype(k, v)
     ks, vs = _chunks(k.to(dtype)), _chunks((_with_one(v) if normalize else v).to(dtype))
     return _states(ks, vs, None, _cut(ks, decay, documents, groups))[1]
 
@@ -193,8 +195,3 @@ def _chunks(x: Tensor) -> Tensor:
     """[B, N, C, ...] from [B, T, ...], zeros after the end."""
     padding = -x.shape[1] % CHUNK
     return torch.nn.functional.pad(x, [0, 0] * (x.dim() - 2) + [0, padding]).unflatten(1, (-1, CHUNK))
-
-
-def _wide(*inputs: Tensor) -> torch.dtype:
-    """fp64 where an input is, else fp32: what states and sums are kept in."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in inputs) else torch.float32

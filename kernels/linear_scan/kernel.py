@@ -30,7 +30,6 @@ any arithmetic.
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +37,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from ..dispatch import on
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -340,11 +341,6 @@ def launch(kernel: Any, tiles: tuple[Tile, Tile], like: Tensor, *arguments: Tens
 def choose(tiles: tuple[Tile, Tile], tokens: int) -> Tile:
     """The tile for rows of so many tokens, of (long rows', short rows')."""
     return tiles[tokens <= LONG]
-
-
-def on(tensor: Tensor) -> contextlib.AbstractContextManager:
-    """Launches inside go to the tensor's GPU; nothing to do for the interpreter."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
 def per_row(like: Tensor) -> Tensor:

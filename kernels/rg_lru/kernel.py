@@ -16,13 +16,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..dispatch import on
 from ..linear_scan.kernel import (
     LOG2_E,
     Tile,
     choose,
     fold,
     launch,
-    on,
     packed,
     per_row,
     place,

@@ -12,7 +12,6 @@ Offsets are o_, loaded blocks b_, pointers p_. Arithmetic is fp32.
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +19,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from ..dispatch import on
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
     batch, tokens, heads, dim = x.shape
     constants = TILE.constants(heads, dim, cos.shape[2])
     programs = triton.cdiv(batch * tokens, constants["ROWS"]) * triton.cdiv(heads, constants["GROUP"])
-    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+    with on(x):
         _rotate[(programs,)](x, cos, sin, y, batch * tokens, -1.0 if inverse else 1.0, **constants)
     return y

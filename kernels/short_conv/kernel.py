@@ -20,7 +20,6 @@ any arithmetic.
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +27,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from ..dispatch import on
 
 # Taps taken at a time: with as many the backward pass makes z again, and a loop runs over those beyond.
 UNROLL = 8
@@ -514,7 +515,7 @@ def backward(
     parts = torch.empty(batch * chunks, taps + 1, width, dtype=torch.float32, device=x.device)
     sizes = (chunks, tokens, width, width // filters, *weight.stride())
     outputs = (dx, None if tail is None else dtail, parts)
-    with _on(x):
+    with on(x):
         _backward[(batch * chunks * triton.cdiv(width, tile.columns(width)),)](
             dy, x, weight, bias, tail, positions, *outputs, *sizes, ACTIVATION=activation, **tile.constants(width, taps)
         )
@@ -531,7 +532,7 @@ def _launch_forward(x, weight, bias, tail, positions, dy, out, activation) -> No
     tile = FORWARD[taps > UNROLL]
     chunks = tile.chunks(tokens)
     sizes = (chunks, tokens, width, width // filters, *weight.stride())
-    with _on(x):
+    with on(x):
         _forward[(batch * chunks * triton.cdiv(width, tile.columns(width)),)](
             x,
             weight,
@@ -550,8 +551,3 @@ def _packed(x: Tensor, weight: Tensor, *others: Tensor | None) -> list[Any]:
     """The tensors laid out contiguously, as the kernels address them; a wide filter with its channels side by side."""
     weight = weight.contiguous() if weight.shape[1] <= UNROLL else weight.t().contiguous().t()
     return [x.contiguous(), weight, *(None if t is None else t.contiguous() for t in others)]
-
-
-def _on(tensor: Tensor) -> contextlib.AbstractContextManager:
-    """Launches inside go to the tensor's GPU; nothing to do for the interpreter."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

@@ -23,7 +23,6 @@ state belongs to the document of the token beside the place where it enters.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +33,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import one_hot, pad
 
+from ..dispatch import on
 from .reference import features, monomials, query_features
 
 # Most tokens a chunk for 16-bit and for wider operands, whose tiles take twice the room, and tokens of a chunk that
@@ -894,8 +894,3 @@ def _folded(cut: Plan, outer, summary, ids, entering, sums, scale: float, revers
 def packed(*tensors: Tensor | None) -> list[Any]:
     """The tensors laid out contiguously, as the kernels address them."""
     return [None if t is None else t.contiguous() for t in tensors]
-
-
-def on(tensor: Tensor) -> contextlib.AbstractContextManager:
-    """Launches inside go to the tensor's GPU; nothing to do for the interpreter."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

@@ -11,6 +11,8 @@ import functools
 import torch
 from torch import Tensor
 
+from ..linear_scan.reference import state_dtype
+
 CHUNK = 64
 
 
@@ -54,7 +56,7 @@ def forward(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """(y, final_state); see op.py. `ids` int32 [B, T] number the documents; 0 is the one that entered."""
-    dtype, out = _wide(q, k, v), v.dtype
+    dtype, out = state_dtype(q, k, v), v.dtype
     tokens = q.shape[1]
     qs, ks, vs = (_chunks(t.to(dtype)) for t in (q, k, _with_one(v)))
     here, before, last = _documents(ids, q, qs.shape[1])
@@ -72,7 +74,7 @@ def forward(
 
 def summarize(k: Tensor, v: Tensor, ids: Tensor | None) -> Tensor:
     """State [B, H, F, V + 1] that the piece leaves from zero; see op.py."""
-    dtype = _wide(k, v)
+    dtype = state_dtype(k, v)
     ks, vs = _chunks(k.to(dtype)), _chunks(_with_one(v).to(dtype))
     return _states(ks, vs, None, *_documents(ids, k, ks.shape[1]))[1]
 
@@ -121,8 +123,3 @@ def _chunks(x: Tensor) -> Tensor:
     """[B, N, C, ...] from [B, T, ...], zeros after the end: a zero in v's column of ones adds nothing to the state."""
     padding = -x.shape[1] % CHUNK
     return torch.nn.functional.pad(x, [0, 0] * (x.dim() - 2) + [0, padding]).unflatten(1, (-1, CHUNK))
-
-
-def _wide(*inputs: Tensor) -> torch.dtype:
-    """fp64 where an input is, else fp32: what states and sums are kept in."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in inputs) else torch.float32
