@@ -3,7 +3,8 @@
     python -m benchmarks.sanitize [op ...] [--tool memcheck|racecheck|initcheck|synccheck] [--logs FOLDER]
 
 Small odd shapes with documents, so that every edge of every tile is met. PyTorch's caching allocator would hide an
-overrun inside its blocks; it is off here. An op is a process, several at once.
+overrun inside its blocks; it is off here. A packing in a dtype is a process of its own, several at once: compiling the
+many variants of an op takes longer than running them.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
+from itertools import product
+from operator import or_
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -37,11 +40,13 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Bytes the sanitizer leaves unusable behind each allocation, so that a long step over the end meets no other tensor.
 PADDING = 1 << 20
 # Processes at once; each starts Python and PyTorch, which under the sanitizer takes longer than the kernels.
-AT_ONCE = 8
+AT_ONCE = min(16, os.cpu_count() or 1)
 LONGEST_S = 240
 # (rows, lengths of the documents in each); the last one ends inside a tile.
 PACKED = ((2, [[5, 60, 12], [77]]), (1, [[1]]), (1, [[100, 1, 156]]))
 DTYPES = (torch.bfloat16, torch.float32)
+# A packing and a dtype, by their numbers.
+CASES = tuple(product(range(len(PACKED)), range(len(DTYPES))))
 
 # Where an error of the sanitizer's log lies: `at kernel(...)+0x40`, or in other releases `at 0x40 in kernel(...)`.
 _PLACE = re.compile(r"^=+\s+(?:at|.*?Race reported between \w+ access at) (?:0x\w+ in )?([A-Za-z_]\w*)", re.M)
@@ -59,12 +64,11 @@ def differentiate(outputs: Tensor | tuple[Tensor, ...]) -> None:
     torch.autograd.backward(tensors, [torch.randn_like(t) for t in tensors])
 
 
-def each_piece(run: Callable[[int, int, Segments, torch.dtype], None]) -> None:
-    """Calls run(rows, tokens, segments, dtype) for every packing and dtype; half the rows go on with a document."""
-    for rows, lengths in PACKED:
-        segments = Segments.from_lengths(lengths, [7 * (row % 2 == 0) for row in range(rows)], DEVICE)
-        for dtype in DTYPES:
-            run(rows, sum(lengths[0]), segments, dtype)
+def run_case(run: Callable[[int, int, Segments, torch.dtype], None], packing: int, dtype: int) -> None:
+    """Calls run(rows, tokens, segments, dtype); half the rows go on with a document."""
+    rows, lengths = PACKED[packing]
+    segments = Segments.from_lengths(lengths, [7 * (row % 2 == 0) for row in range(rows)], DEVICE)
+    run(rows, sum(lengths[0]), segments, DTYPES[dtype])
 
 
 def linear_scan(rows: int, tokens: int, segments: Segments, dtype: torch.dtype) -> None:
@@ -176,15 +180,15 @@ OPS = (
 NAMES = tuple(op.__name__ for op in OPS)
 
 
-def run_op(name: str) -> list[str]:
-    """Runs an op's cases and returns the names of the kernels launched."""
+def run_op(name: str, packing: int, dtype: int) -> list[str]:
+    """Runs one case of an op and returns the names of the kernels launched."""
     torch.manual_seed(0)
     (op,) = (op for op in OPS if op.__name__ == name)
     if DEVICE == "cpu":
-        each_piece(op)
+        run_case(op, packing, dtype)
         return []
     with launches() as names:
-        each_piece(op)
+        run_case(op, packing, dtype)
         torch.cuda.synchronize()
     return sorted(set(names))
 
@@ -194,9 +198,14 @@ class Finding:
     """What the sanitizer said of an op: errors by kernel, `kernels` those that ran, or why it said nothing."""
 
     op: str
-    kernels: list[str]
+    kernels: set[str]
     errors: Counter[str]
-    failure: str | None = None
+    failure: str = ""
+
+    def __or__(self, other: Finding) -> Finding:
+        """What was said of both."""
+        failure = "; ".join(filter(None, (self.failure, other.failure)))
+        return Finding(self.op, self.kernels | other.kernels, self.errors + other.errors, failure)
 
 
 def errors_in(log: str) -> Counter[str]:
@@ -213,21 +222,23 @@ def errors_in(log: str) -> Counter[str]:
     return +found
 
 
-def sanitize(name: str, tool: str, logs: Path) -> Finding:
-    """Runs an op under the tool in a process of its own; its log is left in `logs`."""
-    log, told = logs / f"{tool}-{name}.log", logs / f"{name}.json"
+def sanitize(name: str, packing: int, dtype: int, tool: str, logs: Path) -> Finding:
+    """Runs a case of an op under the tool in a process of its own; its log is left in `logs`."""
+    case = f"{name}-{packing}-{str(DTYPES[dtype]).removeprefix('torch.')}"
+    log, told = logs / f"{tool}-{case}.log", logs / f"{case}.json"
     command = ["compute-sanitizer", "--tool", tool, "--log-file", str(log), *_padding(tool)]
-    command += [sys.executable, "-m", "benchmarks.sanitize", "--child", name, "--names", str(told)]
+    command += [sys.executable, "-m", "benchmarks.sanitize", name, "--case", str(packing), str(dtype)]
+    command += ["--names", str(told)]
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     try:
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LONGEST_S)
     except subprocess.TimeoutExpired:
-        return Finding(name, [], Counter(), f"not done after {LONGEST_S} s")
+        return Finding(name, set(), Counter(), f"{case} was not done after {LONGEST_S} s")
     try:
-        return Finding(name, json.loads(told.read_text()), errors_in(log.read_text()))
+        return Finding(name, set(json.loads(told.read_text())), errors_in(log.read_text()))
     except (OSError, ValueError) as error:
         said = (done.stderr.strip() or done.stdout.strip() or str(error)).splitlines()[-1]
-        return Finding(name, [], Counter(), f"exit {done.returncode}: {said}")
+        return Finding(name, set(), Counter(), f"{case}: exit {done.returncode}: {said}")
 
 
 def _padding(tool: str) -> list[str]:
@@ -243,7 +254,7 @@ def note(finding: Finding, tool: str) -> bool:
     if finding.failure or not finding.kernels:
         print(f"{finding.op}: {finding.failure or 'launched no kernel of ours'}", file=sys.stderr)
         return False
-    counted = {name: finding.errors[name] for name in finding.kernels}
+    counted = {name: finding.errors[name] for name in sorted(finding.kernels)}
     counted["all other kernels and calls"] = finding.errors.total() - sum(counted.values())
     for name, errors in counted.items():
         record("sanitize", f"{finding.op}: {name}", "longscan", f"{tool} errors", errors, "errors", 0)
@@ -256,22 +267,23 @@ def main() -> None:
     parser.add_argument("ops", nargs="*", metavar="op", help=f"of {', '.join(NAMES)}; all where none is named")
     parser.add_argument("--tool", default="memcheck", choices=("memcheck", "racecheck", "initcheck", "synccheck"))
     parser.add_argument("--logs", type=Path, help="keep the tool's logs here")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--case", type=int, nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--names", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.child:
-        options.names.write_text(json.dumps(run_op(options.child)))
-        return
     for name in options.ops:
         if name not in NAMES:
             parser.error(f"no op {name!r}, expected some of {', '.join(NAMES)}")
+    if options.case:
+        options.names.write_text(json.dumps(run_op(*options.ops, *options.case)))
+        return
     if DEVICE == "cpu" or shutil.which("compute-sanitizer") is None:
         sys.exit("benchmarks.sanitize needs a CUDA GPU and compute-sanitizer (of the CUDA toolkit) on the path")
     with TemporaryDirectory() as scratch, ThreadPoolExecutor(AT_ONCE) as pool:
         logs: Any = options.logs or Path(scratch)
         logs.mkdir(parents=True, exist_ok=True)
-        findings = list(pool.map(partial(sanitize, tool=options.tool, logs=logs), options.ops or NAMES))
-    clean = [note(finding, options.tool) for finding in findings]
+        run = partial(sanitize, tool=options.tool, logs=logs)
+        cases = {op: [pool.submit(run, op, *case) for case in CASES] for op in options.ops or NAMES}
+        clean = [note(reduce(or_, (case.result() for case in found)), options.tool) for found in cases.values()]
     sys.exit(0 if all(clean) else 1)
 
 

@@ -45,27 +45,34 @@ def test_a_log_without_a_summary_is_not_clean():
 def test_findings_are_recorded_by_kernel(errors, clean, monkeypatch):
     put = []
     monkeypatch.setattr(sanitize, "record", lambda bench, work, impl, metric, value, *_: put.append((work, value)))
-    finding = sanitize.Finding("rg_lru", ["_forward", "_backward"], sanitize.Counter(errors))
+    finding = sanitize.Finding("rg_lru", {"_forward"}, sanitize.Counter(errors))
+    finding |= sanitize.Finding("rg_lru", {"_backward"}, sanitize.Counter())
     assert sanitize.note(finding, "memcheck") is clean
     assert put == [
-        ("rg_lru: _forward", errors.get("_forward", 0)),
         ("rg_lru: _backward", 0),
+        ("rg_lru: _forward", errors.get("_forward", 0)),
         ("rg_lru: all other kernels and calls", errors.get("", 0)),
     ]
 
 
 def test_a_run_without_kernels_is_not_clean(monkeypatch):
     monkeypatch.setattr(sanitize, "record", lambda *_: pytest.fail("nothing was found"))
-    assert not sanitize.note(sanitize.Finding("rg_lru", [], sanitize.Counter()), "memcheck")
+    assert not sanitize.note(sanitize.Finding("rg_lru", set(), sanitize.Counter()), "memcheck")
 
 
 def test_every_op_with_a_kernel_has_cases():
     assert set(sanitize.NAMES) == set(KERNELS)
 
 
+def test_one_failed_case_fails_the_op():
+    failed = sanitize.Finding("rg_lru", set(), sanitize.Counter(), "rg_lru-0-float32 was not done")
+    assert not sanitize.note(sanitize.Finding("rg_lru", {"_forward"}, sanitize.Counter()) | failed, "memcheck")
+
+
+@pytest.mark.parametrize("case", sanitize.CASES)
 @pytest.mark.parametrize("name", sanitize.NAMES)
-def test_the_cases_of_an_op_run(name):
-    launched = sanitize.run_op(name)
+def test_the_cases_of_an_op_run(name, case):
+    launched = sanitize.run_op(name, *case)
     assert sanitize.DEVICE == "cpu" or launched
 
 
