@@ -54,21 +54,20 @@ PAIRS = [name for name, (dims, _) in LAYOUTS.items() if dims.world_size == 2]
 FAMILIES = ["griffin", "based", "linearized"]
 
 
-def train_pairs(folder):
+def train_pairs(folder, family):
     """Every layout of two ranks over NCCL: the worst error in fp64, and in bf16 that of loss and first gradients."""
     rank, found = int(os.environ["RANK"]), {}
     torch.cuda.set_device(rank)
-    for name in PAIRS:
+    expected, alone = (load_file(f"{folder}/{kind}.safetensors") for kind in ("exact", "bf16"))
+    for name in (name for name in PAIRS if fits(family, name)):
         dims, options = LAYOUTS[name]
         place = {"rank": rank, "world_size": 2, "store": f"{folder}/{name}", "device": f"cuda:{rank}"}
         with process_group(**place, timeout_seconds=60):
-            for family in (family for family in FAMILIES if fits(family, name)):
-                expected, alone = (load_file(f"{folder}/{family}{kind}.safetensors") for kind in ("", "-bf16"))
-                here = {"device": f"cuda:{rank}", **options}
-                exact = worst(train_layout(family, True, dims, **here), expected)
-                rounded = train_layout(family, True, dims, precision="bf16", **here)
-                alone = {name: alone[name] for name in rounded if name in alone}
-                found[f"{name} {family}"] = [exact, rounding(rounded, expected), rounding(alone, expected)]
+            here = {"device": f"cuda:{rank}", **options}
+            exact = worst(train_layout(family, True, dims, **here), expected)
+            rounded = train_layout(family, True, dims, precision="bf16", **here)
+            one = {name: alone[name] for name in rounded if name in alone}
+            found[name] = [exact, rounding(rounded, expected), rounding(one, expected)]
     return found
 
 
@@ -85,15 +84,13 @@ def rounding(found, expected):
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
 @pytest.mark.timeout(400)
-def test_pairs_of_gpus_train_like_one_process(tmp_path):
-    for family in FAMILIES:
-        expected = train_layout_plainly(family, True)
-        save_file(expected, tmp_path / f"{family}.safetensors")
-        found = train_layout(family, True, ParallelDims(zero=0), device="cuda:0", precision="bf16")
-        save_file(found, tmp_path / f"{family}-bf16.safetensors")
-    for ranks in run_distributed(train_pairs, 2, tmp_path, join=False, timeout=380):
-        for name, (exact, rounded, alone) in ranks.items():
-            layout, _ = name.split()
-            assert exact[0] <= TOLERANCES[LAYOUTS[layout][0].zero], (name, exact)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pairs_of_gpus_train_like_one_process(family, tmp_path):
+    save_file(train_layout_plainly(family, True), tmp_path / "exact.safetensors")
+    alone = train_layout(family, True, ParallelDims(zero=0), device="cuda:0", precision="bf16")
+    save_file(alone, tmp_path / "bf16.safetensors")
+    for ranks in run_distributed(train_pairs, 2, tmp_path, family, join=False, timeout=380):
+        for name, (exact, rounded, one) in ranks.items():
+            assert exact[0] <= TOLERANCES[LAYOUTS[name][0].zero], (name, exact)
             # Other orders of summation, not other sums: as far from fp64 as one GPU is, give or take.
-            assert all(a <= 2 * b for a, b in zip(rounded, alone, strict=True)), (name, rounded, alone)
+            assert all(a <= 2 * b for a, b in zip(rounded, one, strict=True)), (name, rounded, one)
