@@ -34,8 +34,9 @@ def block_by_hand(mixer: RGLRU, x: torch.Tensor, documents: list[int]) -> torch.
     return torch.stack(outputs)
 
 
-def test_block_is_the_papers(make_config):
-    config = make_config(pattern=["rg_lru"])
+@pytest.mark.parametrize("decay_init", ["paper", "released"])
+def test_block_is_the_papers(make_config, decay_init):
+    config = make_config(pattern=["rg_lru"], rg_lru={"decay_init": decay_init})
     mixer = RGLRU(config, LocalBackend())
     init_parameters(mixer, seed=0)
     mixer.double()
