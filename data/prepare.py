@@ -17,6 +17,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,9 @@ from ..durable import write_durably
 from ..errors import ConfigError, UserError
 from .assemble import PLAN, Plan, assemble
 from .bpe import SMALLEST_BPE, sample_texts, train_byte_level_bpe
+from .encoded import check_ids
 from .index import MANIFEST, WORK_FOLDER, Corpus, Split, TokenizerInfo, open_corpus
-from .sources import ALL_FILES, STDLIB, cut, find_files
+from .sources import ALL_FILES, ID_KINDS, STDLIB, EncodedDocument, cut, find_files, read_slice
 from .tokenizer import BYTES, TOKENIZER_FILE, describe_tokenizer, load_tokenizer, read_tokenizer_file
 from .units import (
     HELDOUT,
@@ -43,6 +45,9 @@ from .workers import Progress, run_units
 
 SHARD_BYTES = 64 << 20
 LOCK = "lock"
+
+# Places at which ids are held against the tokenizer before anything is written, and documents looked at in each.
+_LOOKS = 32
 
 # Text that keeps a process busy for a few seconds, which is what it takes to start one.
 _WORTH_A_PROCESS = {"bytes": 256 << 20, "huggingface": 8 << 20}
@@ -101,13 +106,15 @@ def prepare_corpus(
     """Returns what it made of the sources: a corpus in the folder `output`, begun or gone on with.
 
     Args:
-        sources: each `python-stdlib`, a folder, a glob, or a file: text, `.jsonl`, `.jsonl.gz` or `.parquet`.
+        sources: each `python-stdlib`, a folder, a glob, or a file: text, `.jsonl`, `.jsonl.gz`, `.parquet`, MDS shards,
+            or Megatron's `.bin` with `.idx`.
         output: a folder that is new, empty, or holds this very preparation.
-        tokenizer: "bytes", or the path of a Hugging Face `tokenizer.json`.
+        tokenizer: "bytes", or the path of a Hugging Face `tokenizer.json`: for sources that hold ids, the one that made
+            them.
         train_bpe: instead, the vocabulary size of a byte-level BPE to train on the sources first.
         bos: the token put before each document, where the tokenizer calls it by no usual name.
         eos: the token predicted at each document's end, likewise.
-        field: the JSON field or Parquet column that holds the text.
+        field: the JSON field, Parquet or MDS column that holds the text; an MDS column may also hold ids.
         pattern: which files of a folder to take.
         heldout: the share of documents kept for evaluation, chosen by a hash of their names.
         shard_bytes: how many bytes of tokens a shard aims at.
@@ -133,6 +140,7 @@ def prepare_corpus(
         "shard_bytes": shard_bytes,
     }
     plan = _make_plan(sources, pattern, field, shard_bytes, output, arguments)
+    _check_encoded(plan, field, BYTES if train_bpe else info)
     if (output / MANIFEST).exists():
         return _already_there(output, plan, started)
     with _work_folder(output) as work:
@@ -207,6 +215,18 @@ def _make_plan(
         digest.update(f"{file.name}\0{file.size}\0{file.mtime_ns}\n".encode(errors="surrogateescape"))
     numbered = tuple(Unit(number, tuple(pieces)) for number, pieces in enumerate(units))
     return Plan(arguments, digest.hexdigest()[:16], numbered, tuple(skipped))
+
+
+def _check_encoded(plan: Plan, field: str, tokenizer: TokenizerInfo) -> None:
+    """Raises ConfigError where ids of the sources are not the tokenizer's, as a look at some places shows.
+
+    The others are checked when they are read.
+    """
+    pieces = [piece for unit in plan.units for piece in unit.slices if piece.file.kind in ID_KINDS]
+    for piece in pieces[:: max(1, len(pieces) // _LOOKS)]:
+        for item in islice(read_slice(piece, field), _LOOKS):
+            if isinstance(item, EncodedDocument):
+                check_ids(item, tokenizer)
 
 
 def _already_there(output: Path, plan: Plan, started: float) -> PrepareReport:

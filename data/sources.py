@@ -1,8 +1,9 @@
 """Sources: where the text comes from, cut into pieces that one process can read alone.
 
-A document is a text file, a line of JSON lines, or a row of Parquet. Its name (path relative to the source, with the
-line's byte or the row's number) does not depend on where the source lies, so the held-out split does not either.
-What cannot be read as a document comes out as Skipped with a reason: reading never drops anything in silence.
+A document is a text file, a line of JSON lines, a row of Parquet or a sample of MDS; or it comes as token ids, from MDS
+or from Megatron's indexed files. Its name (path relative to the source, with the line's byte or the number of the row)
+does not depend on where the source lies, so the held-out split does not either. What cannot be read as a document comes
+out as Skipped with a reason: reading never drops anything in silence.
 """
 
 from __future__ import annotations
@@ -21,10 +22,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
+
 from ..errors import ConfigError, UserError
+from . import mds
+from .megatron_indexed import IndexedTokens, data_file, index_file
 
 STDLIB = "python-stdlib"
 ALL_FILES = "**/*"
+
+# Of which ids may come; about the bytes of text that an id stands for, so that all slices count the same thing.
+ID_KINDS = ("megatron", "mds")
+_TEXT_BYTES_AN_ID = 3
 
 # The table counts a document's tokens and bytes in 32 bits.
 LARGEST_DOCUMENT = (1 << 31) - 1
@@ -52,7 +61,7 @@ class SourceFile:
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """A part of a file that can be read alone: bytes [begin, end), or row groups [begin, end) of Parquet.
+    """A part of a file that can be read alone: [begin, end) of its bytes, Parquet row groups, documents or samples.
 
     `size` is about how many bytes of text it gives, to balance work and show progress.
     """
@@ -70,6 +79,24 @@ class Document:
     name: str
     text: bytes
 
+    @property
+    def size(self) -> int:
+        """Bytes in memory."""
+        return len(self.text)
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedDocument:
+    """Token ids as another program stored them, of any integer dtype, begin and end of document still among them."""
+
+    name: str
+    ids: np.ndarray
+
+    @property
+    def size(self) -> int:
+        """Bytes in memory."""
+        return self.ids.nbytes
+
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
@@ -86,7 +113,7 @@ def find_files(
     """Returns the files of the sources in their order, each source sorted by name, and what could not be opened.
 
     Args:
-        sources: each `python-stdlib`, a folder, a glob or a file.
+        sources: each `python-stdlib`, a folder, a glob, a file, or a Megatron pair of files without their suffixes.
         pattern: which files of a folder to take, matched against the path below it (`*` also crosses folders).
             Hidden files and folders are not part of a folder, as in a shell's glob.
         exclude: a folder left out wherever it is met (the corpus being written).
@@ -98,7 +125,9 @@ def find_files(
     skipped: list[Skipped] = []
     for source in sources:
         count = len(files) + len(skipped)
-        for path, name in _expand(source, pattern, exclude, skipped):
+        for path, name in _expand(index_file(source) or source, pattern, exclude, skipped):
+            if _has_an_index(path):
+                continue
             found = _stat(path, name)
             (files if isinstance(found, SourceFile) else skipped).append(found)  # type: ignore[arg-type]
         if len(files) + len(skipped) == count:
@@ -109,7 +138,8 @@ def find_files(
 def cut(files: Iterable[SourceFile], unit_bytes: int, field: str, skipped: list[Skipped]) -> list[list[Slice]]:
     """Returns the units of work: consecutive slices of about `unit_bytes` of input, the same on every machine.
 
-    Parquet files whose footer cannot be read are added to `skipped`.
+    Parquet files whose footer cannot be read are added to `skipped`; a Megatron index or an MDS shard that is damaged
+    or of something else raises ConfigError.
     """
     units: list[list[Slice]] = []
     room = 0
@@ -132,13 +162,20 @@ def _append(unit: list[Slice], piece: Slice) -> None:
         unit.append(piece)
 
 
-def read_slice(piece: Slice, field: str) -> Iterator[Document | Skipped]:
+def read_slice(piece: Slice, field: str) -> Iterator[Document | EncodedDocument | Skipped]:
     """Yields the documents of a slice in order, and what gave none.
 
     Raises:
         UserError: the file cannot be read any more or has changed since the work was planned.
     """
-    readers = {"text": _read_text, "jsonl": _read_lines, "jsonl.gz": _read_zipped_lines, "parquet": _read_rows}
+    readers = {
+        "text": _read_text,
+        "jsonl": _read_lines,
+        "jsonl.gz": _read_zipped_lines,
+        "parquet": _read_rows,
+        "megatron": _read_indexed,
+        "mds": _read_samples,
+    }
     try:
         if os.stat(piece.file.path).st_size != piece.file.size:
             raise UserError(f"{piece.file.path} has changed while it was being prepared; run the command again.")
@@ -196,11 +233,30 @@ def _walk(
             if name[0] != "." and name not in prune and (hidden is None or Path(folder, name).resolve() != hidden)
         ]
         below = os.path.relpath(folder, root)
+        if mds.INDEX in files and (shards := _listed_shards(folder)) is not None:
+            folders.clear()  # the index says what belongs to the folder
+            files = shards
         names += [name if below == "." else f"{below}/{name}" for name in files if name[0] != "."]
     loose = pattern.removeprefix("**/")
     for name in sorted(names):
         if fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, loose):
             yield os.path.join(root, name), name
+
+
+def _has_an_index(path: str) -> bool:
+    """Whether a file is read through another one: Megatron's data, and the list of MDS shards that were named too."""
+    folder, name = os.path.split(path)
+    if name.endswith(".bin"):
+        return index_file(path) is not None
+    return name == mds.INDEX and _listed_shards(folder) is not None
+
+
+def _listed_shards(folder: str) -> list[str] | None:
+    """The shards of an MDS folder; None where it is another kind of folder."""
+    try:
+        return mds.shards(folder)
+    except ValueError as error:
+        raise ConfigError(f"{folder}/{mds.INDEX} {error}; copy the folder again.") from error
 
 
 def _stat(path: str, name: str) -> SourceFile | Skipped:
@@ -214,6 +270,11 @@ def _stat(path: str, name: str) -> SourceFile | Skipped:
     if not os.access(path, os.R_OK):
         return Skipped("unreadable", name, "permission denied")
     lower = name.lower()
+    if lower.endswith(mds.SUFFIXES):
+        return SourceFile(path, name, "mds", status.st_size, status.st_mtime_ns)
+    if index_file(path) == path:
+        data = os.stat(data_file(path)).st_mtime_ns if os.path.exists(data_file(path)) else 0
+        return SourceFile(path, name, "megatron", status.st_size, max(status.st_mtime_ns, data))
     if lower.endswith((".zst", ".bz2", ".xz", ".zip", ".tar")):
         raise ConfigError(f"{path}: this compression is not supported; unpack it, or pack JSON lines with gzip.")
     kind = next((kind for suffix, kind in _SUFFIXES.items() if lower.endswith(suffix)), "text")
@@ -221,7 +282,9 @@ def _stat(path: str, name: str) -> SourceFile | Skipped:
 
 
 def _slices(file: SourceFile, unit_bytes: int, field: str, skipped: list[Skipped]) -> list[Slice]:
-    """A file's slices: JSON lines by bytes, Parquet by row groups, anything else whole."""
+    """A file's slices: JSON lines by bytes, Parquet by row groups, ids by documents, anything else whole."""
+    if file.kind in ID_KINDS:
+        return _slices_of_ids(file, unit_bytes, field, skipped)
     if file.kind == "parquet":
         try:
             return [Slice(file, group, group + 1, size) for group, size in enumerate(_group_sizes(file.path, field))]
@@ -235,6 +298,42 @@ def _slices(file: SourceFile, unit_bytes: int, field: str, skipped: list[Skipped
             for begin in begins
         ]
     return [Slice(file, 0, file.size, file.size)]
+
+
+def _slices_of_ids(file: SourceFile, unit_bytes: int, field: str, skipped: list[Skipped]) -> list[Slice]:
+    try:
+        if file.kind == "megatron":
+            ranges = IndexedTokens(file.path).cut(unit_bytes // _TEXT_BYTES_AN_ID)
+            return [Slice(file, begin, end, tokens * _TEXT_BYTES_AN_ID) for begin, end, tokens in ranges]
+        with mds.Shard(file.path, field) as shard:
+            of_text = _TEXT_BYTES_AN_ID / shard.dtype.itemsize if shard.dtype else 1
+            return [Slice(file, a, b, int(size * of_text)) for a, b, size in shard.cut(int(unit_bytes / of_text))]
+    except ValueError as error:
+        raise ConfigError(f"{file.path} {error}.") from error
+    except OSError as error:
+        skipped.append(Skipped("unreadable", file.name, error.strerror or str(error)))
+        return []
+
+
+def _read_indexed(piece: Slice, field: str) -> Iterator[EncodedDocument | Skipped]:
+    name = piece.file.name
+    try:
+        documents = IndexedTokens(piece.file.path).read(piece.begin, piece.end)
+        for number, ids in enumerate(documents, piece.begin):
+            yield EncodedDocument(f"{name}:{number}", ids)
+    except ValueError as error:
+        yield Skipped("unreadable", name, f"{error}; other parts of it were kept")
+
+
+def _read_samples(piece: Slice, field: str) -> Iterator[Document | EncodedDocument | Skipped]:
+    name = piece.file.name
+    try:
+        with mds.Shard(piece.file.path, field) as shard:
+            for number, value in enumerate(shard.read(piece.begin, piece.end), piece.begin):
+                place = f"{name}:{number}"
+                yield Document(place, value) if isinstance(value, bytes) else EncodedDocument(place, value)
+    except ValueError as error:
+        yield Skipped("unreadable", name, f"{error}; samples up to the damage were kept")
 
 
 def _read_text(piece: Slice, field: str) -> Iterator[Document | Skipped]:

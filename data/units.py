@@ -23,9 +23,10 @@ from typing import Any
 
 from ..durable import sync, sync_folder, write_durably
 from ..errors import UserError
+from .encoded import encode
 from .index import ShardInfo, TokenizerInfo
 from .shards import SplitWriter, read_documents
-from .sources import LARGEST_DOCUMENT, Document, Skipped, Slice, read_slice
+from .sources import LARGEST_DOCUMENT, Document, EncodedDocument, Skipped, Slice, read_slice
 from .tokenizer import TOKENIZER_FILE, ByteTokenizer, HuggingFaceTokenizer, Tokenizer
 
 TRAIN, HELDOUT = "train", "heldout"
@@ -186,22 +187,22 @@ def _write_documents(
     with open(folder / SKIPPED, "wb") as log:
         for batch in _batches(job, unit, counts, log):
             check()
-            for document, tokens in zip(batch, tokenizer.encode_documents([d.text for d in batch]), strict=True):
+            for name, tokens, text_bytes in encode(batch, tokenizer):
                 if not len(tokens):
-                    _skip(Skipped("empty", document.name, "no tokens"), counts, log)
+                    _skip(Skipped("empty", name, "no tokens"), counts, log)
                     continue
-                position = split_position(document.name)
-                place = (position, document.name)
+                position = split_position(name)
+                place = (position, name)
                 lowest, highest = min(lowest or place, place), max(highest or place, place)
-                split = moved.pop(document.name, HELDOUT if position < job.heldout else TRAIN)
-                writers[split].add(tokens, len(document.text))
+                split = moved.pop(name, HELDOUT if position < job.heldout else TRAIN)
+                writers[split].add(tokens, text_bytes)
         sync(log)
     return Record({split: writer.close() for split, writer in writers.items()}, dict(counts), lowest, highest)
 
 
-def _batches(job: Job, unit: Unit, counts: Counter[str], log: Any) -> Iterator[list[Document]]:
-    """The unit's good documents, about a MiB of text at a time."""
-    batch: list[Document] = []
+def _batches(job: Job, unit: Unit, counts: Counter[str], log: Any) -> Iterator[list[Document | EncodedDocument]]:
+    """The unit's good documents, about a MiB of text or ids at a time."""
+    batch: list[Document | EncodedDocument] = []
     size = 0
     for piece in unit.slices:
         for item in read_slice(piece, job.field):
@@ -210,7 +211,7 @@ def _batches(job: Job, unit: Unit, counts: Counter[str], log: Any) -> Iterator[l
                 _skip(fault, counts, log, piece.file.path)
                 continue
             batch.append(item)  # type: ignore[arg-type]
-            size += len(item.text)  # type: ignore[union-attr]
+            size += item.size  # type: ignore[union-attr]
             if size >= _BATCH_BYTES:
                 yield batch
                 batch, size = [], 0
@@ -218,8 +219,11 @@ def _batches(job: Job, unit: Unit, counts: Counter[str], log: Any) -> Iterator[l
         yield batch
 
 
-def _fault(document: Document) -> Skipped | None:
+def _fault(document: Document | EncodedDocument) -> Skipped | None:
     """Why a document cannot be stored, None where it can."""
+    if isinstance(document, EncodedDocument):
+        too_large = len(document.ids) > LARGEST_DOCUMENT
+        return Skipped("too_large", document.name, f"{len(document.ids)} ids") if too_large else None
     if not document.text:
         return Skipped("empty", document.name)
     if len(document.text) > LARGEST_DOCUMENT:

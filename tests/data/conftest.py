@@ -3,13 +3,18 @@
 import hashlib
 import io
 import itertools
+import sys
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from longscan.data import Corpus, ShardInfo, Split, TokenizerInfo
 from longscan.data.index import DOCUMENT
+
+# Lets the tests here import the helpers beside them by name.
+sys.path.insert(0, str(Path(__file__).parent))
 
 
 def _write_shard(folder, name, documents, dtype, bytes_a_token):
