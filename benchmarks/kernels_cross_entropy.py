@@ -9,13 +9,14 @@ import contextlib
 import importlib.util
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from longscan.kernels.cross_entropy import chunks, kernel, linear_cross_entropy, loss_from_pieces, vocabulary_pieces
 
-from .gpu_timing import Work, milliseconds
+from .gpu_timing import Work, milliseconds, time_or_error
 
 SHAPES = ((16384, 2560, 32000),)
 # The H100's processors.
@@ -70,22 +71,24 @@ def _liger() -> Callable[..., Tensor]:
 
 
 def candidates() -> None:
-    """Prints the times of a chunk's parts, of the softmax by block and warps, and of the whole by size of chunk."""
+    """Prints the times of the softmax passes by their cuts, of a chunk's parts, and of the whole by its chunks."""
     inputs, labels = inputs_of(*SHAPES[0])
     hidden, weight = (t.detach() for t in inputs)
-    for rows in (3328, 4096, 1920):
-        _print_parts(hidden, weight, labels, rows)
     _print_softmax(weight.shape[0], labels[:3328])
     count, width = hidden.shape
-    for rows in (chunks.chunk_rows(count, width, SMS), 4096, 4608, 2560, 1920, count):
-        with _chunks_of("chunk_rows", rows):
+    for name, whole in (("rows whole", kernel.WHOLE), ("rows by parts", 0)):
+        with _set(kernel, "WHOLE", whole):
+            _print(f"sum, {name}", partial(_both, linear_cross_entropy, inputs, labels), 7)
+            _print(f"slice, {name}", partial(_both, _pieces, inputs, labels), 7)
+            _print(f"slice, forward, {name}", lambda: chunks.pieces(kernel, hidden, weight, labels, 0.0))
+    for rows in (3328, 4096):
+        _print_parts(hidden, weight, labels, rows)
+    for rows in (chunks.chunk_rows(count, width, SMS), 4096, 4608, count):
+        with _set(chunks, "chunk_rows", lambda *_, rows=rows: rows):
             _print(f"sum, chunks of {rows} rows", partial(_both, linear_cross_entropy, inputs, labels), 7)
-    for columns in (chunks.chunk_columns(count, *weight.shape, SMS), 10752, 6400, 4096):
-        with _chunks_of("chunk_columns", columns):
+    for columns in (chunks.chunk_columns(count, *weight.shape, SMS), 10752, 6400):
+        with _set(chunks, "chunk_columns", lambda *_, columns=columns: columns):
             _print(f"slice, chunks of {columns} columns", partial(_both, _pieces, inputs, labels), 7)
-    for rows in (3328, 1920):
-        with _chunks_of("chunk_rows", rows):
-            _print(f"slice, forward, chunks of {rows} rows", lambda: chunks.pieces(kernel, hidden, weight, labels, 0.0))
 
 
 def _print(name: str, run: Callable[[], object], repeat: int = 10, flops: int = 0) -> None:
@@ -94,11 +97,11 @@ def _print(name: str, run: Callable[[], object], repeat: int = 10, flops: int = 
 
 
 @contextlib.contextmanager
-def _chunks_of(function: str, size: int) -> Iterator[None]:
-    standing = getattr(chunks, function)
-    setattr(chunks, function, lambda *_: size)
+def _set(module: ModuleType, name: str, value: object) -> Iterator[None]:
+    standing = getattr(module, name)
+    setattr(module, name, value)
     yield
-    setattr(chunks, function, standing)
+    setattr(module, name, standing)
 
 
 def _both(call: Callable[..., Tensor], inputs: list[Tensor], labels: Tensor) -> None:
@@ -106,16 +109,11 @@ def _both(call: Callable[..., Tensor], inputs: list[Tensor], labels: Tensor) -> 
 
 
 def _print_parts(hidden: Tensor, weight: Tensor, labels: Tensor, rows: int) -> None:
-    """The products and the softmax of one chunk; the first product by parts of the rows, whose logits stay in L2."""
+    """The products and the softmax of one chunk, and of a larger one the product for dhidden in two parts."""
     hidden, labels, flops = hidden[:rows], labels[:rows], 2 * rows * weight.numel()
     logits = torch.empty(rows, weight.shape[0], device="cuda", dtype=torch.bfloat16)
     dhidden, dweight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
     softmax = partial(kernel.loss_and_gradient_, ignored=-100, z_loss=0.0, smoothing=0.0, cap=0.0)
-
-    def by_parts(size: int) -> None:
-        for part, into, some in zip(hidden.split(size), logits.split(size), labels.split(size), strict=True):
-            torch.mm(part, weight.t(), out=into)
-            softmax(into, some)
 
     _print(f"{rows} rows, logits", lambda: torch.mm(hidden, weight.t(), out=logits), flops=flops)
     _print(f"{rows} rows, softmax", lambda: softmax(logits, labels))
@@ -123,22 +121,42 @@ def _print_parts(hidden: Tensor, weight: Tensor, labels: Tensor, rows: int) -> N
     for first in (True, False):
         run = partial(chunks._accumulate, dweight, logits.t(), hidden, first)
         _print(f"{rows} rows, dweight {'=' if first else '+='}", run, flops=flops)
-    for size in (rows, 1024, 512, 384):
-        _print(f"{rows} rows, logits and softmax {size} rows at a time", partial(by_parts, size))
+    for some in (3328, rows - 3328) if rows > 3328 else ():
+        run = partial(torch.mm, logits[:some], weight, out=dhidden[:some])
+        _print(f"{rows} rows, dhidden of {some}", run, flops=flops * some // rows)
     _print("dweight to bf16", lambda: dweight.to(torch.bfloat16))
+
+
+# Bytes of rows kept whole, values a thread, rows in hand, warps of a processor; then columns and warps where not.
+SOFTMAX = [
+    (65536, 64, 3, 16, 8192, 8),
+    (65536, 32, 3, 32, 8192, 8),
+    (65536, 64, 2, 16, 8192, 8),
+    (65536, 64, 4, 16, 8192, 8),
+    (65536, 32, 2, 32, 8192, 8),
+    (65536, 64, 1, 16, 8192, 8),
+    (0, 64, 3, 16, 8192, 8),
+    (0, 64, 3, 16, 8192, 16),
+    (0, 64, 3, 16, 4096, 8),
+]
 
 
 def _print_softmax(vocabulary: int, labels: Tensor) -> None:
     logits = torch.randn(labels.shape[0], vocabulary, device="cuda", dtype=torch.bfloat16)
-    standing = kernel.BLOCK, kernel.WARPS
     by = [torch.rand(labels.shape[0], device="cuda") for _ in range(4)]
-    for block, warps in ((8192, 16), (32768, 32), (32768, 16), (4096, 8), (8192, 8), (16384, 16), (16384, 32)):
-        kernel.BLOCK, kernel.WARPS = block, warps
-        name = f"{labels.shape[0]} rows, block {block}, {warps} warps"
-        _print(f"{name}, loss and gradient", lambda: kernel.loss_and_gradient_(logits, labels, -100, 0.0, 0.0, 0.0))
-        _print(f"{name}, statistics", lambda: kernel.statistics(logits, labels, 0.0))
-        _print(f"{name}, gradient", lambda: kernel.gradient_(logits, labels, *by, 0.0))
-    kernel.BLOCK, kernel.WARPS = standing
+    names = ("WHOLE", "VALUES", "STAGES", "PROCESSOR_WARPS", "BLOCK", "WARPS")
+    for sizes in SOFTMAX:
+        with contextlib.ExitStack() as standing:
+            for name, size in zip(names, sizes, strict=True):
+                standing.enter_context(_set(kernel, name, size))
+            label = ", ".join(f"{n} {s}" for n, s in zip(names, sizes, strict=True))
+            time = time_or_error(lambda: kernel.loss_and_gradient_(logits, labels, -100, 0.0, 0.0, 0.0))
+            print(f"loss and gradient, {label}: {time}", flush=True)
+            print(f"statistics, {label}: {time_or_error(lambda: kernel.statistics(logits, labels, 0.0))}", flush=True)
+    for part, warps in ((2048, 4), (1024, 4), (4096, 8), (8192, 8)):
+        with _set(kernel, "PART", part), _set(kernel, "PART_WARPS", warps):
+            time = time_or_error(lambda: kernel.gradient_(logits, labels, *by, 0.0))
+            print(f"gradient, {part} columns, {warps} warps: {time}", flush=True)
 
 
 def main() -> None:

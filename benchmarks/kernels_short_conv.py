@@ -91,8 +91,9 @@ NARROW = {
     "FORWARD": [(16, 8, 64, 4), (8, 16, 64, 4), (8, 8, 64, 2), (8, 8, 128, 4), (4, 16, 128, 4), (16, 8, 64, 8)],
     "BACKWARD": [
         (8, 16, 64, 4),
-        (16, 8, 64, 8),
         (8, 8, 64, 4),
+        (16, 8, 32, 4),
+        (16, 8, 64, 8),
         (16, 16, 64, 8),
         (8, 32, 64, 4),
         (16, 8, 64, 4),
@@ -116,6 +117,7 @@ def candidates() -> None:
     positions = (torch.arange(tokens, device="cuda") % 1000).expand(batch, -1)
     for label, weight, others, tiles in (
         ("4 taps", narrow, (None,) * 4, NARROW),
+        ("4 taps, documents, SiLU", narrow, (None, None, positions, "silu"), NARROW),
         ("4 taps, bias, tail, documents, SiLU", narrow, (bias, tail, positions, "silu"), NARROW),
         ("64 taps", wide, (None,) * 4, WIDE),
     ):

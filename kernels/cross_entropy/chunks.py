@@ -120,7 +120,7 @@ def pieces_gradients(
 def _row_chunks(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """(rows, their logits [n, V]) in order, all in one buffer."""
     count = hidden.shape[0]
-    step = min(count, chunk_rows(count, hidden.shape[1], _processors(hidden)))
+    step = min(count, chunk_rows(count, hidden.shape[1], processors(hidden)))
     buffer = hidden.new_empty(step * weight.shape[0])
     for start in range(0, count, step):
         rows = slice(start, min(start + step, count))
@@ -130,7 +130,7 @@ def _row_chunks(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]
 def _column_chunks(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """(columns, their logits [N, v]) in order, all in one buffer."""
     count = weight.shape[0]
-    step = min(count, chunk_columns(hidden.shape[0], count, weight.shape[1], _processors(hidden)))
+    step = min(count, chunk_columns(hidden.shape[0], count, weight.shape[1], processors(hidden)))
     buffer = hidden.new_empty(step * hidden.shape[0])
     for start in range(0, count, step):
         columns = slice(start, min(start + step, count))
@@ -142,7 +142,8 @@ def _logits(hidden: Tensor, weight: Tensor, buffer: Tensor) -> Tensor:
     return torch.mm(hidden, weight.t(), out=buffer[: rows * columns].view(rows, columns))
 
 
-def _processors(tensor: Tensor) -> int:
+def processors(tensor: Tensor) -> int:
+    """The multiprocessors of the GPU that holds the tensor; 1 elsewhere."""
     return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 1
 
 

@@ -1,7 +1,8 @@
-"""Softmax statistics and cross-entropy gradients of a block of logits in Triton: one program a row, in place.
+"""Softmax statistics and cross-entropy gradients of a block of logits in Triton, in place.
 
-A row of one block is read once and kept in registers. A longer one is read twice, the second time from the L2 cache
-(64 KB at 32000 columns of 16 bits). Every sum has one fixed order, so bits repeat. The maths is in reference.py.
+A row of at most WHOLE bytes is read once and kept in registers, by programs that stay and fetch their next rows into
+shared memory while they work on one. A longer one is read twice, the second time from L2 where it is still there, by a
+program of its own. Every sum has one fixed order, so bits repeat. The maths is in reference.py.
 """
 
 # The types of jitted functions and of their launches are beyond a type checker.
@@ -17,10 +18,20 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dispatch import on
+from .chunks import processors
 from .reference import Pieces
 
-# Columns a step of a program: 16 values a thread.
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+# The bytes of a row that is kept whole (a soft cap, which keeps two values a logit, takes a quarter), the values a
+# thread keeps of it, and how many rows a program has in hand: this one and those on their way.
+WHOLE, VALUES, STAGES = 65536, 64, 3
+# Warps of a processor that works on whole rows: so many leave each thread 128 registers.
+PROCESSOR_WARPS = 16
+# Columns a step of a longer row.
 BLOCK, WARPS = 8192, 8
+# Columns of a program where a row has no sums.
+PART, PART_WARPS = 2048, 4
 
 
 @triton.jit
@@ -37,8 +48,7 @@ def _scores(p_row, o_column, mask, other, cap, CAPPED: tl.constexpr):
 def _target(p_row, i_label, columns, cap, CAPPED: tl.constexpr):
     """The label's logit, 0 where the label is none of the columns."""
     inside = (i_label >= 0) & (i_label < columns)
-    o_label = i_label + tl.arange(0, 1)
-    return tl.sum(_scores(p_row, o_label, inside & (o_label == i_label), 0.0, cap, CAPPED), 0)
+    return _scores(p_row, i_label, inside, 0.0, cap, CAPPED)
 
 
 @triton.jit
@@ -52,16 +62,35 @@ def _row_statistics(p_row, i_label, columns, cap, CAPPED: tl.constexpr, BLOCK: t
         mask = o_column < columns
         b = _scores(p_row, o_column, mask, float("-inf"), cap, CAPPED)
         higher = tl.maximum(highest, tl.max(b, 0))
-        total = total * tl.exp(highest - higher) + tl.sum(tl.exp(b - higher), 0)
+        b_weight = tl.exp2(b * LOG2_E - higher * LOG2_E)
+        total = total * tl.exp2((highest - higher) * LOG2_E) + tl.sum(b_weight, 0)
         spread += tl.sum(tl.where(mask, b, 0.0), 0)
         highest = higher
     return highest, total, _target(p_row, i_label, columns, cap, CAPPED), spread
 
 
 @triton.jit
+def _columns(columns, BLOCK: tl.constexpr, LANES: tl.constexpr):
+    """(o_column, mask) of a whole row as [BLOCK / LANES, LANES], LANES a divisor of columns: one test for so many."""
+    o_group = tl.arange(0, BLOCK // LANES)[:, None]
+    return o_group * LANES + tl.arange(0, LANES)[None, :], o_group < columns // LANES
+
+
+@triton.jit
+def _whole_row(p_row, i_label, o_column, mask, columns, cap, CAPPED: tl.constexpr):
+    """(scores, 0 outside the row, exp(scores - highest), and highest, total, target, spread) of a row read once."""
+    b = _scores(p_row, o_column, mask, 0.0, cap, CAPPED)
+    target = _target(p_row, i_label, columns, cap, CAPPED)
+    highest = tl.max(tl.max(tl.where(mask, b, float("-inf")), 1), 0)
+    b_weight = tl.where(mask, tl.exp2(b * LOG2_E - highest * LOG2_E), 0.0)
+    return b, b_weight, highest, tl.sum(tl.sum(b_weight, 1), 0), target, tl.sum(tl.sum(b, 1), 0)
+
+
+@triton.jit
 def _score_gradient(b, b_weight, o_column, i_label, by_total, by_target, by_spread, cap, CAPPED: tl.constexpr):
     """The gradient of the logits whose capped scores are b, and b_weight = exp(b - highest)."""
-    b_grad = b_weight * by_total + by_spread + tl.where(o_column == i_label, by_target, 0.0)
+    b_grad = b_weight * by_total + by_spread
+    b_grad = tl.where(o_column == i_label, b_grad + by_target, b_grad)
     if CAPPED:
         b_grad *= 1.0 - (b / cap) * (b / cap)
     return b_grad
@@ -71,6 +100,7 @@ def _score_gradient(b, b_weight, o_column, i_label, by_total, by_target, by_spre
 def _row_gradient(
     p_row,
     i_label,
+    start,
     columns,
     highest,
     by_total,
@@ -80,12 +110,13 @@ def _row_gradient(
     CAPPED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    for i in range(0, columns, BLOCK):
-        o_column = i + tl.arange(0, BLOCK)
-        mask = o_column < columns
-        b = _scores(p_row, o_column, mask, 0.0, cap, CAPPED)
-        b_grad = _score_gradient(b, tl.exp(b - highest), o_column, i_label, by_total, by_target, by_spread, cap, CAPPED)
-        tl.store(p_row + o_column, b_grad.to(p_row.dtype.element_ty), mask=mask)
+    """Overwrites BLOCK logits of a row from `start` on by their gradient."""
+    o_column = start + tl.arange(0, BLOCK)
+    mask = o_column < columns
+    b = _scores(p_row, o_column, mask, 0.0, cap, CAPPED)
+    b_weight = tl.exp2(b * LOG2_E - highest * LOG2_E)
+    b_grad = _score_gradient(b, b_weight, o_column, i_label, by_total, by_target, by_spread, cap, CAPPED)
+    tl.store(p_row + o_column, b_grad.to(p_row.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -96,19 +127,27 @@ def _statistics(
     p_total,
     p_target,
     p_spread,
+    rows,
     columns,
     cap,
     CAPPED: tl.constexpr,
     BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    i_row = tl.program_id(0).to(tl.int64)
-    highest, total, target, spread = _row_statistics(
-        p_logits + i_row * columns, tl.load(p_labels + i_row), columns, cap, CAPPED, BLOCK
-    )
-    tl.store(p_highest + i_row, highest)
-    tl.store(p_total + i_row, total)
-    tl.store(p_target + i_row, target)
-    tl.store(p_spread + i_row, spread)
+    """A block's statistics; LANES is 0 for rows that are not read whole."""
+    for i_row in tl.range(tl.program_id(0), rows, tl.num_programs(0), num_stages=STAGES):
+        p_row = p_logits + tl.cast(i_row, tl.int64) * columns
+        i_label = tl.load(p_labels + i_row)
+        if LANES > 0:
+            o_column, mask = _columns(columns, BLOCK, LANES)
+            _, _, highest, total, target, spread = _whole_row(p_row, i_label, o_column, mask, columns, cap, CAPPED)
+        else:
+            highest, total, target, spread = _row_statistics(p_row, i_label, columns, cap, CAPPED, BLOCK)
+        tl.store(p_highest + i_row, highest)
+        tl.store(p_total + i_row, total)
+        tl.store(p_target + i_row, target)
+        tl.store(p_spread + i_row, spread)
 
 
 @triton.jit
@@ -128,6 +167,7 @@ def _gradient(
     _row_gradient(
         p_logits + i_row * columns,
         tl.load(p_labels + i_row),
+        tl.program_id(1) * BLOCK,
         columns,
         tl.load(p_highest + i_row),
         tl.load(p_by_total + i_row),
@@ -154,50 +194,55 @@ def _loss_and_gradient(
     p_logits,
     p_labels,
     p_loss,
+    rows,
     columns,
     ignored,
     z_loss,
     smoothing,
     cap,
     CAPPED: tl.constexpr,
+    SMOOTHED: tl.constexpr,
     BLOCK: tl.constexpr,
-    WHOLE: tl.constexpr,
+    LANES: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    i_row = tl.program_id(0).to(tl.int64)
-    p_row = p_logits + i_row * columns
-    i_label = tl.load(p_labels + i_row)
-    if WHOLE:
-        o_column = tl.arange(0, BLOCK)
-        mask = o_column < columns
-        b = _scores(p_row, o_column, mask, float("-inf"), cap, CAPPED)
-        target = tl.sum(tl.where(o_column == i_label, b, 0.0), 0)
-        highest = tl.max(b, 0)
-        b_weight = tl.exp(b - highest)
-        b = tl.where(mask, b, 0.0)
-        spread = tl.sum(b, 0)
-        loss, by_total, by_target, by_spread = _loss_and_factors(
-            i_label, columns, highest, tl.sum(b_weight, 0), target, spread, ignored, z_loss, smoothing
-        )
-        b_grad = _score_gradient(b, b_weight, o_column, i_label, by_total, by_target, by_spread, cap, CAPPED)
-        tl.store(p_row + o_column, b_grad.to(p_row.dtype.element_ty), mask=mask)
-    else:
-        highest, total, target, spread = _row_statistics(p_row, i_label, columns, cap, CAPPED, BLOCK)
+    """A block's losses, and its gradient in its place; LANES is 0 for rows that are not read whole."""
+    for i_row in tl.range(tl.program_id(0), rows, tl.num_programs(0), num_stages=STAGES):
+        p_row = p_logits + tl.cast(i_row, tl.int64) * columns
+        i_label = tl.load(p_labels + i_row)
+        if LANES > 0:
+            o_column, mask = _columns(columns, BLOCK, LANES)
+            b, b_weight, highest, total, target, spread = _whole_row(
+                p_row, i_label, o_column, mask, columns, cap, CAPPED
+            )
+        else:
+            highest, total, target, spread = _row_statistics(p_row, i_label, columns, cap, CAPPED, BLOCK)
+        if not SMOOTHED:
+            spread = 0.0
         loss, by_total, by_target, by_spread = _loss_and_factors(
             i_label, columns, highest, total, target, spread, ignored, z_loss, smoothing
         )
-        # The label's logit is read before the row is overwritten.
-        tl.debug_barrier()
-        _row_gradient(p_row, i_label, columns, highest, by_total, by_target, by_spread, cap, CAPPED, BLOCK)
-    tl.store(p_loss + i_row, loss)
+        if not SMOOTHED:
+            by_spread = 0.0
+        if LANES > 0:
+            b_grad = _score_gradient(b, b_weight, o_column, i_label, by_total, by_target, by_spread, cap, CAPPED)
+            tl.store(p_row + o_column, b_grad.to(p_row.dtype.element_ty), mask=mask)
+        else:
+            # The label's logit is read before the row is overwritten.
+            tl.debug_barrier()
+            for start in range(0, columns, BLOCK):
+                _row_gradient(
+                    p_row, i_label, start, columns, highest, by_total, by_target, by_spread, cap, CAPPED, BLOCK
+                )
+        tl.store(p_loss + i_row, loss)
 
 
 def statistics(logits: Tensor, labels: Tensor, soft_cap: float) -> Pieces:
     """(highest, total, target, spread) [n]; `target` is 0 where the label is not a column of these logits."""
     highest, total, target, spread = (_per_row(logits) for _ in range(4))
+    programs, options = _plan(logits, soft_cap)
     with on(logits):
-        _statistics[(logits.shape[0],)](
-            logits, labels, highest, total, target, spread, logits.shape[1], soft_cap, **_options(logits, soft_cap)
-        )
+        _statistics[(programs,)](logits, labels, highest, total, target, spread, *logits.shape, soft_cap, **options)
     return highest, total, target, spread
 
 
@@ -206,8 +251,12 @@ def gradient_(
 ) -> None:
     """Overwrites the logits by their gradient; by_total, by_target and by_spread are [n]."""
     coefficients = [t.contiguous() for t in (highest, by_total, by_target, by_spread)]
+    rows, columns = logits.shape
+    block = min(PART, triton.next_power_of_2(columns))
     with on(logits):
-        _gradient[(logits.shape[0],)](logits, labels, *coefficients, logits.shape[1], cap, **_options(logits, cap))
+        _gradient[rows, triton.cdiv(columns, block)](
+            logits, labels, *coefficients, columns, cap, CAPPED=cap != 0, BLOCK=block, num_warps=PART_WARPS
+        )
 
 
 def loss_and_gradient_(
@@ -215,18 +264,25 @@ def loss_and_gradient_(
 ) -> Tensor:
     """Losses [n], 0 where the label is `ignored`; overwrites the logits by the gradient of the losses' sum."""
     losses = _per_row(logits)
+    programs, options = _plan(logits, cap)
     with on(logits):
-        options = _options(logits, cap)
-        whole = options["BLOCK"] >= logits.shape[1]
-        _loss_and_gradient[(logits.shape[0],)](
-            logits, labels, losses, logits.shape[1], ignored, z_loss, smoothing, cap, WHOLE=whole, **options
+        _loss_and_gradient[(programs,)](
+            logits, labels, losses, *logits.shape, ignored, z_loss, smoothing, cap, SMOOTHED=smoothing != 0, **options
         )
     return losses
 
 
-def _options(logits: Tensor, cap: float) -> dict[str, Any]:
-    block = min(BLOCK, triton.next_power_of_2(logits.shape[1]))
-    return {"CAPPED": cap != 0, "BLOCK": block, "num_warps": max(1, min(WARPS, block // 256))}
+def _plan(logits: Tensor, cap: float) -> tuple[int, dict[str, Any]]:
+    """(programs, compile-time sizes) of a pass that needs whole rows' sums."""
+    rows, columns = logits.shape
+    block = int(triton.next_power_of_2(columns))
+    options = {"CAPPED": cap != 0, "BLOCK": min(BLOCK, block), "LANES": 0, "STAGES": 1, "num_warps": WARPS}
+    if block * logits.element_size() > (WHOLE // 4 if cap else WHOLE):
+        return rows, options
+    lanes = 16 // logits.element_size()
+    warps = max(1, min(PROCESSOR_WARPS, block // (32 * VALUES)))
+    options |= {"BLOCK": block, "LANES": lanes if columns % lanes == 0 else 1, "STAGES": STAGES, "num_warps": warps}
+    return min(rows, processors(logits) * (PROCESSOR_WARPS // warps)), options
 
 
 def _per_row(logits: Tensor) -> Tensor:

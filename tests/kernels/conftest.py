@@ -2,11 +2,15 @@
 
 import os
 import random
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from longscan.kernels import Segments
+
+sys.path.insert(0, str(Path(__file__).parent))  # for what these tests share: sass.py
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":

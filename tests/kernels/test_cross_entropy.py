@@ -122,11 +122,26 @@ def test_kernel_within_bar(reduction, dtype, options, device, short_chunks):
     kernel_against_bar(dtype, {**options, "reduction": reduction}, (10, 6, 37), device)
 
 
-def test_kernel_over_many_blocks(device, monkeypatch):
+@pytest.mark.parametrize("options", [OPTIONS[0], OPTIONS[-1]], ids=["plain", "all"])
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_kernel_over_many_blocks(reduction, options, device, monkeypatch):
     from longscan.kernels.cross_entropy import kernel
 
-    monkeypatch.setattr(kernel, "BLOCK", 16)
-    kernel_against_bar(torch.float32, OPTIONS[-1], (6, 5, 53), device)
+    for size, value in {"WHOLE": 0, "BLOCK": 16, "PART": 8}.items():
+        monkeypatch.setattr(kernel, size, value)
+    kernel_against_bar(torch.float32, {**options, "reduction": reduction}, (6, 5, 53), device)
+
+
+@pytest.mark.parametrize("options", [OPTIONS[0], OPTIONS[-1]], ids=["plain", "all"])
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("vocabulary", [48, 53])
+def test_kernel_of_programs_that_stay(vocabulary, reduction, options, device, monkeypatch):
+    """One program works on many rows; a row's columns are tested by fours, or one by one."""
+    from longscan.kernels.cross_entropy import kernel
+
+    monkeypatch.setattr(kernel, "processors", lambda _: 1)
+    monkeypatch.setattr(kernel, "PROCESSOR_WARPS", 1)
+    kernel_against_bar(torch.float32, {**options, "reduction": reduction}, (9, 5, vocabulary), device)
 
 
 @pytest.mark.gpu

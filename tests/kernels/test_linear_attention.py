@@ -1,11 +1,8 @@
 """linear_attention, reference and kernel, held to the sum over all pairs in float64."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
+from sass import printed
 from torch import Tensor
 
 from longscan.kernels import (
@@ -416,14 +413,9 @@ def test_bad_arguments_are_named(device):
 
 
 # In a process of its own: here triton may be in interpreter mode, where nothing compiles.
-BUILD = r"""
-import re
-import subprocess
-import sys
+BUILD = """
 import triton.language as tl
-from triton import compile, knobs
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from sass import compiled, lost
 from longscan.kernels.linear_attention import kernel as linear
 
 SINGLE = {"p_inverse", "p_drop", "p_decay", "p_decays", "p_ddecay", "p_entering", "p_leaving", "p_sums", "p_initial",
@@ -432,27 +424,7 @@ VALUES = {"C": 64, "BLOCK_X": 64, "BLOCK_U": 64, "BLOCK_K": 64, "BLOCK_V": 32, "
           "OPERAND": tl.bfloat16, "PRECISION": "tf32", "x_dim": 64, "u_dim": 64, "key_dim": 64, "value_dim": 64}
 
 
-def lost(cubin):
-    # Uniform registers that are read before anything writes them: ptxas dropped a copy, and sums come out wrong.
-    path = sys.argv[1] + "/kernel.cubin"
-    open(path, "wb").write(cubin)
-    listing = subprocess.run([knobs.nvidia.cuobjdump.path, "-sass", path], capture_output=True, text=True, check=True)
-    written, found = set(), []
-    for operation, operands in re.findall(r"[*]/ +(?:@!?U?P\w+ )?([A-Z][\w.]+) *([^;]*);", listing.stdout):
-        target = re.match(r"(?:UP\w+, )?UR(\d+)", operands)
-        sources = operands[target.end() :] if target else operands
-        # gdesc[n] names four registers, the last two those of the second operand.
-        reads = {int(n) + 2 * bool(four) for four, n in re.findall(r"(gdesc\[)?UR(\d+)", sources)}
-        found += sorted(reads - written)
-        if target:
-            written |= {int(target[1]), int(target[1]) + bool(re.search("64|WIDE", operation))}
-    assert written, listing.stdout + listing.stderr
-    return found
-
-
-def kind(name, values):
-    if name in values:
-        return "constexpr"
+def kind(name):
     if name.startswith("p_"):
         return "*fp32" if name in SINGLE else "*i32" if name in {"p_documents", "p_groups"} else "*bf16"
     return "fp32" if name in {"scale", "eps"} else "i32"
@@ -460,11 +432,7 @@ def kind(name, values):
 
 def build(kernel, *absent, **values):
     values = VALUES | dict.fromkeys(absent) | values
-    signature = {name: kind(name, values) for name in kernel.arg_names}
-    constants = {(i,): values[n] for i, n in enumerate(kernel.arg_names) if n in values}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if signature[n][0] == "*"}
-    source = ASTSource(kernel, signature, constants, aligned)
-    built = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "num_stages": 2})
+    built = compiled(kernel, values, kind, num_warps=4, num_stages=2)
     print(kernel.__name__, "wgmma" in built.asm["ptx"], lost(built.asm["cubin"]))
 
 
@@ -472,6 +440,9 @@ every = {"SHARING": 1, "NORMALIZE": True, "TRANSPOSED": False, "REVERSE": False}
 build(linear._walk, "p_result", "p_drop", "p_states", **every)
 build(linear._walk, "p_leaving", **every | {"TRANSPOSED": True})
 build(linear._walk, "p_result", **every | {"TRANSPOSED": True, "REVERSE": True, "SHARING": 2})
+# The adjoint of a summary.
+alone = ("p_x", "p_out", "p_drop", "p_entering", "p_states")
+build(linear._walk, *alone, **every | {"TRANSPOSED": True, "REVERSE": True, "SHARING": 2})
 plain = ("p_result", "p_drop", "p_inverse", "p_decay", "p_documents", "p_groups", "p_states", "p_leaving")
 build(linear._walk, *plain, **every | {"NORMALIZE": False, "REVERSE": True})
 # Columns of 16 and a width of 40, where ptxas lost one.
@@ -486,10 +457,6 @@ build(linear._fold, REVERSE=True)
 
 def test_kernels_compile_for_sm_90(tmp_path):
     pytest.importorskip("triton")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    done = subprocess.run([sys.executable, "-c", BUILD, str(tmp_path)], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    lines = done.stdout.split("\n")[:-1]
-    assert len(lines) == 8 and all("True" in line for line in lines[:7]), f"no tensor cores: {done.stdout}"
-    assert all(line.endswith("[]") for line in lines), f"ptxas lost registers: {done.stdout}"
+    lines = printed(BUILD, tmp_path)
+    assert len(lines) == 9 and all("True" in line for line in lines[:8]), f"no tensor cores: {lines}"
+    assert all(line.endswith("[]") for line in lines), f"ptxas lost registers: {lines}"
