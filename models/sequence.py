@@ -8,14 +8,28 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from ..kernels import Segments
+from ..kernels.from_right import FromRight
 
 Summarize = Callable[[], tuple[Tensor, Tensor]]
+Halo = Callable[[], Tensor]
+
+
+class Entry(NamedTuple):
+    """A state that enters on the left, and what then enters on the right in the backward pass.
+
+    Attributes:
+        state: called, the state, None for zero. It may be under way: what can be computed without it goes first.
+        from_right: for the op that takes the state, under the same name.
+    """
+
+    state: Callable[[], Tensor | None]
+    from_right: FromRight | None = None
 
 
 class SequenceContext(Protocol):
@@ -29,16 +43,21 @@ class SequenceContext(Protocol):
         """The documents of the piece."""
         ...
 
-    def left_halo(self, name: str, x: Tensor, n: int | None) -> Tensor:
-        """The n entries [B, n, ...] left of x [B, T, ...], zeros where nothing is; or [B, 0, ...], where no segment
-        of the piece continues. The last n entries of both leave on the right under `name`.
+    def left_halo(self, name: str, x: Tensor, n: int | None, alone: bool = False) -> tuple[Tensor, Halo]:
+        """(x [B, T, ...], its halo): called, the n entries [B, n, ...] left of x, zeros where nothing is; or
+        [B, 0, ...], where no segment of the piece continues. The last n entries of both leave on the right under
+        `name`. A halo may be under way: what can be computed without it goes before the call.
+
+        The x returned is the one to go on with: to its gradient is added what its entries are used for on the right, in
+        place where that gradient is `alone`, that is one op reads this x and its backward pass makes a new tensor.
 
         With n None, all entries of the documents that continue into the piece, right-aligned, or more: what lies
         before a document's start is masked by the mixer, never read."""
         ...
 
-    def initial_state(self, name: str, summarize: Summarize) -> Tensor | None:
-        """The state that enters on the left, None for zero; `summarize` gives what this piece does to a state."""
+    def initial_state(self, name: str, summarize: Summarize) -> Entry:
+        """The state that enters on the left; `summarize` gives what this piece does to a state, and needs no
+        gradient."""
         ...
 
     def leave(self, name: str, state: Tensor) -> None:
@@ -58,21 +77,18 @@ class LocalContext:
         self.carry = carry
         self.leaving: dict[str, Tensor] = {}
 
-    def left_halo(self, name: str, x: Tensor, n: int | None) -> Tensor:
-        """The carry's entries under `name`; none without a carry."""
+    def left_halo(self, name: str, x: Tensor, n: int | None, alone: bool = False) -> tuple[Tensor, Halo]:
+        """x and the carry's entries under `name`; none without a carry."""
         if self.carry is None:
-            return x[:, :0]
+            return x, lambda: x[:, :0]
         halo = self.carry[name]
-        if n is None:
-            self.leaving[name] = torch.cat([halo, x], dim=1)
-            return halo
-        assert halo.shape[1] == n, f"carry {name!r} holds {halo.shape[1]} entries, the mixer asks for {n}"
-        self.leaving[name] = roll_in(halo, x)
-        return halo
+        assert n in (None, halo.shape[1]), f"carry {name!r} holds {halo.shape[1]} entries, the mixer asks for {n}"
+        self.leaving[name] = torch.cat([halo, x], dim=1) if n is None else roll_in(halo, x)
+        return x, lambda: halo
 
-    def initial_state(self, name: str, summarize: Summarize) -> Tensor | None:
+    def initial_state(self, name: str, summarize: Summarize) -> Entry:
         """The carry's state; `summarize` is never called."""
-        return None if self.carry is None else self.carry[name]
+        return Entry(lambda: None if self.carry is None else self.carry[name])
 
     def leave(self, name: str, state: Tensor) -> None:
         """Keeps the state for the next carry."""

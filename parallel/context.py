@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ..data.batch import Batch
 from ..kernels.segments import Segments
-from ..models.sequence import Summarize
-from .collectives import entering_state, left_halo
+from ..models.sequence import Entry, Halo, Summarize
+from .collectives import StateExchange, left_halo
 
 
 def piece_of(batch: Batch, rank: int, size: int) -> Batch:
@@ -46,18 +47,20 @@ class ContextParallelContext:
         self.segments = segments
         self.group = group
 
-    def left_halo(self, name: str, x: Tensor, n: int | None) -> Tensor:
-        """The n entries left of x, from the ranks on the left; zeros, outside every document, left of the row.
+    def left_halo(self, name: str, x: Tensor, n: int | None, alone: bool = False) -> tuple[Tensor, Halo]:
+        """x and the n entries left of it, from the ranks on the left; zeros, outside every document, left of the row.
 
         With n None as many as the last rank has on its left: a halo of one length keeps the ranks' graphs alike.
         """
         if n is None:
             n = (self.group.size() - 1) * x.shape[1]
-        return left_halo(x, n, self.group) if n else x[:, :0]
+        return left_halo(x, n, self.group, alone) if n else (x, lambda: x[:, :0])
 
-    def initial_state(self, name: str, summarize: Summarize) -> Tensor:
-        """The state after the pieces on the left, zero on the first rank."""
-        return entering_state(*summarize(), self.group)
+    def initial_state(self, name: str, summarize: Summarize) -> Entry:
+        """The state after the pieces on the left, zero on the first rank; from the right comes its gradient."""
+        with torch.no_grad():
+            exchange = StateExchange(*summarize(), self.group)
+        return Entry(exchange.entering, exchange.from_right)
 
     def leave(self, name: str, state: Tensor) -> None:
         """Nothing: each rank on the right folds the summaries itself."""

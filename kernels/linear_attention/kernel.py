@@ -211,7 +211,8 @@ def _walk(
     The query's factor, scale * inverse, multiplies out from left to right and y from right to left.
 
     Args:
-        p_result: [B, T, H, V] y, for dq of a normalised y; then p_drop is written, else read from right to left.
+        p_result: [B, T, H, V] y, for dq of a normalised y, where p_drop is written; from right to left it is read, or
+            made from p_result where that is given, by walks that are TRANSPOSED.
         p_inverse: [B, H, T] of the normaliser, written with y and read after it.
         p_decay: [B, Hkv, T] log_a.
         p_entering: the states [B, Hkv, pieces, slots, K, W] that enter; None for zero.
@@ -357,7 +358,11 @@ def _walk(
                     if p_inverse is not None:
                         b_w *= _scalars(p_inverse, i_row * y_heads + i_y, o_t, tokens)
                     if NORMALIZE:
-                        b_f = -_scalars(p_drop, i_row * y_heads + i_y, o_t, tokens)
+                        if p_drop is not None:
+                            b_f = -_scalars(p_drop, i_row * y_heads + i_y, o_t, tokens)
+                        else:
+                            b_result = _rows(p_result, i_row, i_y, i_chunk * C, o_x, tokens, y_heads, x_dim, C)
+                            b_f = -tl.sum(b_y.to(tl.float32) * b_result.to(tl.float32), 1)
                 if p_out is not None:
                     b_p = tl.dot(b_x.to(OPERAND), tl.trans(b_y).to(OPERAND), input_precision=PRECISION)
                     if NORMALIZE and TRANSPOSED:
@@ -688,6 +693,33 @@ def summarize(
     return joined(last, groups)
 
 
+def adjoint(
+    scale: float,
+    dy: Tensor,
+    q: Tensor,
+    k: Tensor,
+    y: Tensor,
+    inverse: Tensor,
+    decay: Tensor | None,
+    documents: Tensor | None,
+    groups: Tensor | None,
+) -> Tensor:
+    """dinitial [B, Hkv, slots, K, W]; see reference.py."""
+    normalize = inverse.numel() > 0
+    cut = plan(q, k, dy, groups, normalize)
+    dy, q, y, *given = packed(dy, q, y, decay, documents, groups)
+    rows = Rows(*given)
+    divided = {"result": y, "inverse": inverse} if normalize else {}
+    sums = cut.empty_states(cut.pieces)
+    with on(q):
+        _run(
+            cut, None, dy, q, None, rows, None, sums, scale=scale, normalize=normalize, transposed=True, reverse=True,
+            **divided,
+        )  # fmt: skip
+        last = sums[:, :, 0] if cut.pieces == 1 else _folded(cut, sums, rows, None, reverse=True)[1]
+    return joined(last, groups, reverse=True)
+
+
 def summarize_backward(
     dstate: Tensor,
     k: Tensor,
@@ -731,7 +763,11 @@ def _entering(
     if cut.pieces == 1:
         entering = cut.empty_states(1)
         return (entering.zero_() if initial is None else entering.copy_(initial[:, :, None])), None
-    sums = _sums(cut, y, u, inverse, drop, rows, scale, reverse)
+    return _folded(cut, _sums(cut, y, u, inverse, drop, rows, scale, reverse), rows, initial, reverse)
+
+
+def _folded(cut: Plan, sums: Tensor, rows: Rows, initial: Tensor | None, reverse: bool) -> tuple[Tensor, Tensor]:
+    """(states that enter the pieces, the state that leaves the last) from what each piece adds."""
     entering, last = torch.empty_like(sums), torch.empty_like(sums[:, :, 0])
     decays = None
     if rows.decay is not None:

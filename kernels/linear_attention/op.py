@@ -7,11 +7,15 @@ few cuts of the row, as many as fill the GPU.
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..checks import check_segments, check_tensor, resets_of
 from ..dispatch import resolve
+from ..from_right import FromRight, with_right
 from ..segments import Segments
 from . import reference
 
@@ -28,6 +32,7 @@ def linear_attention(
     scale: float = 1.0,
     normalize: bool = True,
     eps: float = 1e-6,
+    from_right: FromRight | None = None,
     implementation: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """(y, final_state) of linear attention, differentiable in every input; feature maps are applied by the caller.
@@ -53,6 +58,8 @@ def linear_attention(
         scale: factor of the weights.
         normalize: whether y is divided, which wants features whose products are not negative.
         eps: added to the divisor.
+        from_right: for a piece that goes on elsewhere: given the gradient that the outputs of this piece alone give
+            initial_state, it says the gradient of final_state, which is then detached. Called once a backward pass.
         implementation: "auto", "reference" or "triton".
 
     Returns:
@@ -71,12 +78,15 @@ def linear_attention(
         check_tensor("initial_state", initial_state, _state_shape(k, v, group, normalize), k)
         initial_state = initial_state.to(_state_dtype(q, k, v))
         initial_state = initial_state[:, :, None] if group is None else initial_state
-    ids = _documents(segments), _groups(segments, k, group)
-    inputs = (q, k, v, _decay(log_a, segments, q, k, v), initial_state, *ids, float(scale), normalize, eps)
-    if _resolve(implementation, q, k, v) == "reference":
-        y, final = reference.forward(*inputs)
-    else:
-        y, final = _forward(*inputs)[:2]
+    decay, ids = _decay(log_a, segments, q, k, v), (_documents(segments), _groups(segments, k, group))
+    forward, adjoint = reference.forward, reference.adjoint
+    if _resolve(implementation, q, k, v) == "triton":
+        forward, adjoint = _forward, _adjoint
+    y, final, inverse, *_ = forward(q, k, v, decay, initial_state, *ids, float(scale), normalize, eps)
+    if from_right is not None:
+        slotless = group is None
+        answer = (lambda dinitial: from_right(dinitial[:, :, 0])[:, :, None]) if slotless else from_right
+        y, final = with_right(y, final, answer, partial(adjoint, float(scale)), q, k, y, inverse, decay, *ids)
     return y, final[:, :, 0] if group is None else final
 
 
@@ -205,6 +215,12 @@ def _decay(log_a: Tensor | None, segments: Segments | None, *inputs: Tensor) -> 
     decay = log_a.transpose(1, 2).to(_state_dtype(*inputs))
     resets = resets_of(segments)
     return decay.contiguous() if resets is None else decay.masked_fill(resets[:, None], 0).contiguous()
+
+
+def _adjoint(*inputs: Any) -> Tensor:
+    from . import kernel
+
+    return kernel.adjoint(*inputs)
 
 
 def _state_shape(k: Tensor, v: Tensor, group: int | None, normalize: bool) -> tuple[int, ...]:

@@ -81,8 +81,11 @@ def forward(
     scale: float,
     normalize: bool,
     eps: float,
-) -> tuple[Tensor, Tensor]:
-    """(y, final_state [B, H, slots, K, W]); see op.py. `decay` [B, H, T]; the ids int32 [B, T]."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, final_state [B, H, slots, K, W], inverse of the normaliser [B, H, T] or empty); see op.py.
+
+    `decay` [B, H, T]; the ids int32 [B, T].
+    """
     dtype, out, tokens = state_dtype(q, k, v), v.dtype, q.shape[1]
     qs = _chunks(q.to(dtype)).unflatten(3, (k.shape[2], -1)) * scale
     ks, vs = _chunks(k.to(dtype)), _chunks((_with_one(v) if normalize else v).to(dtype))
@@ -95,8 +98,39 @@ def forward(
     sums = torch.einsum("bnhrij,bnjhv->bnihrv", weights, vs)
     sums = sums + torch.einsum("bnihrk,bnhsi,bnhskv->bnihrv", qs, reach, entering)
     sums = sums.flatten(3, 4).flatten(1, 2)[:, :tokens]
-    y = _divided(sums, eps) if normalize else sums
-    return y.to(out), final
+    if not normalize:
+        return sums.to(out), final, sums.new_empty(0)
+    inverse = torch.where(sums[..., -1] == 0, 0, 1 / (sums[..., -1] + eps)).transpose(1, 2)
+    return _divided(sums, eps).to(out), final, inverse
+
+
+def adjoint(
+    scale: float,
+    dy: Tensor,
+    q: Tensor,
+    k: Tensor,
+    y: Tensor,
+    inverse: Tensor,
+    decay: Tensor | None,
+    documents: Tensor | None,
+    groups: Tensor | None,
+) -> Tensor:
+    """dinitial [B, H, slots, K, W] where the final state has no gradient: q_t times the gradient of t's sums.
+
+    Only the document that entered reads the state; its queries in the group that entered read both - open.
+    """
+    dtype = state_dtype(q, dy)
+    dsums = dy.to(dtype)
+    if inverse.numel():
+        dsums = torch.cat([dsums, -(dsums * y.to(dtype)).sum(-1, keepdim=True)], dim=-1) * inverse.mT[..., None]
+    dsums = dsums.unflatten(2, (k.shape[2], -1)) * scale
+    if decay is not None:
+        dsums = dsums * decay.to(dtype).cumsum(-1).exp().mT[..., None, None]
+    if documents is not None:
+        dsums = dsums * (documents == 0)[..., None, None, None]
+    slots = [dsums] if groups is None else [dsums, -dsums * (groups == 0)[..., None, None, None]]
+    qs = q.to(dtype).unflatten(2, (k.shape[2], -1))
+    return torch.stack([torch.einsum("bthrk,bthrv->bhkv", qs, slot) for slot in slots], dim=2)
 
 
 def summarize(

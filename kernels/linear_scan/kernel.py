@@ -69,6 +69,8 @@ class Tile:
 LONG = 8192
 FORWARD = Tile(rows=16, steps=16, block=32, warps=8), Tile(rows=8, steps=16, block=64, warps=8)
 BACKWARD = Tile(rows=16, steps=16, block=32, warps=8), Tile(rows=8, steps=16, block=64, warps=8)
+# Of the passes that walk once.
+SUMMARY = FORWARD
 
 
 @triton.jit
@@ -291,6 +293,39 @@ def _backward(
         put(p_dlog_a, b_g * b_before + b_extra, step, at, o_d, left, -1, WIDTH, ROWS, STEPS)
 
 
+@triton.jit
+def _adjoint(
+    p_dh,
+    p_log_a,
+    p_resets,
+    p_dinitial,
+    p_words,
+    batch,
+    tokens,
+    tiles,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    STEPS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """What `_backward` leaves in p_dinitial for no p_dfinal, by its first walk alone."""
+    i_tile, i_row, o_d, left = place(p_words, batch, tokens, tiles, WIDTH, BLOCK_D, ROWS * STEPS)
+    at = i_row * tokens + left - 1
+    dhs = steps_of(p_dh, at, o_d, left, 0.0, -1, WIDTH, ROWS, STEPS)
+    logs = steps_of(p_log_a, at, o_d, left, 0.0, -1, WIDTH, ROWS, STEPS)
+    resets = resets_of(p_resets, at, left, -1, ROWS, STEPS)
+    b_decay = tl.full([ROWS, BLOCK_D], 1.0, tl.float32)
+    b_g = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    for step in tl.static_range(STEPS):
+        b_a = tl.exp2(logs[step].to(tl.float32) * LOG2_E)
+        if p_resets is not None:
+            b_a = tl.where(resets[step], 0.0, b_a)
+        b_decay *= b_a
+        b_g = b_a * (b_g + dhs[step].to(tl.float32))
+    _, _, b_dinitial = fold(p_words, None, b_decay, b_g, i_tile, tiles, i_row, o_d, WIDTH, ROWS)
+    put_last(p_dinitial, b_dinitial, i_row, o_d, i_tile + 1 == tiles, WIDTH, ROWS)
+
+
 def forward(x: Tensor, log_a: Tensor, initial: Tensor | None, resets: Tensor | None) -> tuple[Tensor, Tensor]:
     """(h, final_state); see op.py."""
     x, log_a, initial, resets = packed(x, log_a, initial, resets)
@@ -319,8 +354,16 @@ def summarize(x: Tensor, log_a: Tensor, resets: Tensor | None) -> tuple[Tensor, 
     """(state, transition); see op.py."""
     x, log_a, resets = packed(x, log_a, resets)
     state, transition = per_row(x), per_row(x)
-    launch(_forward, FORWARD, x, x, log_a, resets, None, None, state, transition)
+    launch(_forward, SUMMARY, x, x, log_a, resets, None, None, state, transition)
     return state, transition
+
+
+def adjoint(dh: Tensor, log_a: Tensor, resets: Tensor | None) -> Tensor:
+    """dinitial; see reference.py."""
+    dh, log_a, resets = packed(dh, log_a, resets)
+    dinitial = per_row(dh)
+    launch(_adjoint, SUMMARY, dh, dh, log_a, resets, dinitial)
+    return dinitial
 
 
 def launch(kernel: Any, tiles: tuple[Tile, Tile], like: Tensor, *arguments: Tensor | None) -> None:

@@ -6,6 +6,7 @@ pass: the inputs and h.
 
 from __future__ import annotations
 
+from functools import partial
 from types import ModuleType
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from ..checks import check_segments, check_tensor, resets_of
 from ..dispatch import resolve
+from ..from_right import FromRight, with_right
 from ..segments import Segments
 from . import reference
 
@@ -23,6 +25,7 @@ def linear_scan(
     initial_state: Tensor | None = None,
     segments: Segments | None = None,
     *,
+    from_right: FromRight | None = None,
     implementation: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """(h, final_state) of the diagonal linear scan, differentiable in every input.
@@ -38,6 +41,8 @@ def linear_scan(
         log_a: [B, T, D], natural log of the decays, <= 0.
         initial_state: [B, D], None for zero. Enters rows whose first document continues.
         segments: documents of the piece; None for one run of tokens that continues.
+        from_right: for a piece that goes on elsewhere: given the gradient that the outputs of this piece alone give
+            initial_state, it says the gradient of final_state, which is then detached. Called once a backward pass.
         implementation: "auto", "reference" or "triton".
 
     Returns:
@@ -48,7 +53,11 @@ def linear_scan(
     if initial_state is not None:
         check_tensor("initial_state", initial_state, (x.shape[0], x.shape[2]), x)
         initial_state = initial_state.to(reference.state_dtype(x, log_a))
-    return _forward(x, log_a, initial_state, resets_of(segments), implementation)
+    resets = resets_of(segments)
+    h, final_state = _forward(x, log_a, initial_state, resets, implementation)
+    if from_right is None:
+        return h, final_state
+    return with_right(h, final_state, from_right, partial(_adjoint, implementation), log_a, resets)
 
 
 def linear_scan_summarize(
@@ -85,6 +94,10 @@ def _module(implementation: str, *inputs: Tensor) -> ModuleType:
     from . import kernel
 
     return kernel
+
+
+def _adjoint(implementation: str, dh: Tensor, log_a: Tensor, resets: Tensor | None) -> Tensor:
+    return _module(implementation, dh, log_a).adjoint(dh, log_a, resets)
 
 
 @torch.library.custom_op("longscan::linear_scan", mutates_args=())

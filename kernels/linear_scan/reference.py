@@ -103,6 +103,12 @@ def summarize(x: Tensor, log_a: Tensor, resets: Tensor | None) -> tuple[Tensor, 
     return fold(x.to(a.dtype), a[:, :-1])
 
 
+def adjoint(dh: Tensor, log_a: Tensor, resets: Tensor | None) -> Tensor:
+    """dinitial [B, D] where the final state has no gradient: a_0 (dh_0 + a_1 (dh_1 + ...))."""
+    a = _factors(log_a, resets, state_dtype(dh, log_a))[:, :-1]
+    return fold((a * dh).flip(1), a.flip(1))[0]
+
+
 def _chunk(tokens: int) -> int:
     """Tokens a chunk; of the powers of two these were the fastest at 512 and at 32768 tokens."""
     return 32 if tokens < 2048 else 64

@@ -43,6 +43,8 @@ CLOSED = tl.constexpr(-48.0)
 
 FORWARD = (Tile(rows=16, steps=8, block=32, warps=8, registers=64),) * 2
 BACKWARD = (Tile(rows=16, steps=8, block=32, warps=8, registers=128),) * 2
+# Of the passes that walk once: keeping nothing for a second walk they hold longer tiles, so that the chain is shorter.
+SUMMARY = (Tile(rows=16, steps=16, block=32, warps=8, registers=128),) * 2
 
 
 @triton.jit
@@ -227,6 +229,41 @@ def _backward(
 
 
 @triton.jit
+def _adjoint(
+    p_dh,
+    p_gate_a,
+    p_a_param,
+    p_resets,
+    p_dinitial,
+    p_words,
+    batch,
+    tokens,
+    tiles,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    STEPS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """What `_backward` leaves in p_dinitial for no p_dfinal, by its first walk alone, which needs two inputs."""
+    i_tile, i_row, o_d, left = place(p_words, batch, tokens, tiles, WIDTH, BLOCK_D, ROWS * STEPS)
+    at = i_row * tokens + left - 1
+    gates_a = steps_of(p_gate_a, at, o_d, left, CLOSED, -1, WIDTH, ROWS, STEPS)
+    dhs = steps_of(p_dh, at, o_d, left, 0.0, -1, WIDTH, ROWS, STEPS)
+    resets = resets_of(p_resets, at, left, -1, ROWS, STEPS)
+    b_log2_rate = _rate(p_a_param, o_d, WIDTH) * LOG2_E
+    b_decay = tl.full([ROWS, BLOCK_D], 1.0, tl.float32)
+    b_g = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    for step in tl.static_range(STEPS):
+        b_a = tl.exp2(b_log2_rate * tl.sigmoid(gates_a[step].to(tl.float32)))
+        if p_resets is not None:
+            b_a = tl.where(resets[step], 0.0, b_a)
+        b_decay *= b_a
+        b_g = b_a * (b_g + dhs[step].to(tl.float32))
+    _, _, b_dinitial = fold(p_words, None, b_decay, b_g, i_tile, tiles, i_row, o_d, WIDTH, ROWS)
+    put_last(p_dinitial, b_dinitial, i_row, o_d, i_tile + 1 == tiles, WIDTH, ROWS)
+
+
+@triton.jit
 def _sum_rates(p_drate, p_a_param, p_da_param, parts, PARTS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
     """The gradient of a_param [D] from those of the rate [parts, D], of which PARTS are loaded at a time."""
     o_d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -258,8 +295,16 @@ def summarize(
     """(state, transition); see op.py."""
     x, gate_a, gate_x, a_param, resets = packed(x, gate_a, gate_x, a_param, resets)
     state, transition = per_row(x), per_row(x)
-    launch(_forward, FORWARD, x, x, gate_a, gate_x, a_param, resets, None, None, state, transition)
+    launch(_forward, SUMMARY, x, x, gate_a, gate_x, a_param, resets, None, None, state, transition)
     return state, transition
+
+
+def adjoint(dh: Tensor, gate_a: Tensor, a_param: Tensor, resets: Tensor | None) -> Tensor:
+    """dinitial; see reference.py."""
+    dh, gate_a, a_param, resets = packed(dh, gate_a, a_param, resets)
+    dinitial = per_row(dh)
+    launch(_adjoint, SUMMARY, dh, dh, gate_a, a_param, resets, dinitial)
+    return dinitial
 
 
 def backward(

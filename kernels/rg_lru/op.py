@@ -6,6 +6,7 @@ pass: the inputs and h; the gates are recomputed.
 
 from __future__ import annotations
 
+from functools import partial
 from types import ModuleType
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from ..checks import check_segments, check_tensor, resets_of
 from ..dispatch import resolve
+from ..from_right import FromRight, with_right
 from ..segments import Segments
 from . import reference
 
@@ -25,6 +27,7 @@ def rg_lru(
     initial_state: Tensor | None = None,
     segments: Segments | None = None,
     *,
+    from_right: FromRight | None = None,
     implementation: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """(h, final_state) of the real-gated linear recurrent unit, differentiable in every input.
@@ -43,6 +46,8 @@ def rg_lru(
         a_param: [D]; the decay at an open gate is exp(-8 softplus(a_param)).
         initial_state: [B, D], None for zero. Enters rows whose first document continues.
         segments: documents of the piece; None for one run of tokens that continues.
+        from_right: for a piece that goes on elsewhere: given the gradient that the outputs of this piece alone give
+            initial_state, it says the gradient of final_state, which is then detached. Called once a backward pass.
         implementation: "auto", "reference" or "triton".
 
     Returns:
@@ -53,7 +58,11 @@ def rg_lru(
     if initial_state is not None:
         check_tensor("initial_state", initial_state, (x.shape[0], x.shape[2]), x)
         initial_state = initial_state.to(reference.state_dtype(x, gate_a, gate_x))
-    return _forward(x, gate_a, gate_x, a_param, initial_state, resets_of(segments), implementation)
+    resets = resets_of(segments)
+    h, final_state = _forward(x, gate_a, gate_x, a_param, initial_state, resets, implementation)
+    if from_right is None:
+        return h, final_state
+    return with_right(h, final_state, from_right, partial(_adjoint, implementation), gate_a, a_param, resets)
 
 
 def rg_lru_summarize(
@@ -98,6 +107,10 @@ def _module(implementation: str, *inputs: Tensor) -> ModuleType:
     from . import kernel
 
     return kernel
+
+
+def _adjoint(implementation: str, dh: Tensor, gate_a: Tensor, a_param: Tensor, resets: Tensor | None) -> Tensor:
+    return _module(implementation, dh, gate_a).adjoint(dh, gate_a, a_param, resets)
 
 
 @torch.library.custom_op("longscan::rg_lru", mutates_args=())

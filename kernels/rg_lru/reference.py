@@ -112,6 +112,15 @@ def backward(
     return dx.to(x.dtype), dgate_a.to(gate_a.dtype), dgate_x.to(gate_x.dtype), da_param.to(a_param.dtype), dinitial
 
 
+def adjoint(dh: Tensor, gate_a: Tensor, a_param: Tensor, resets: Tensor | None) -> Tensor:
+    """dinitial [B, D] where the final state has no gradient: a_0 (dh_0 + a_1 (dh_1 + ...))."""
+    dtype = state_dtype(dh, gate_a)
+    a = torch.sigmoid(gate_a.to(dtype)).mul_(_rate(a_param, dtype)).exp_()
+    if resets is not None:
+        a.masked_fill_(resets[..., None], 0)
+    return fold((a * dh).flip(1), a.flip(1))[0]
+
+
 def _recurrence(
     x: Tensor, gate_a: Tensor, gate_x: Tensor, a_param: Tensor, resets: Tensor | None
 ) -> tuple[Tensor, Tensor]:

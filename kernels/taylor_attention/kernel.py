@@ -280,6 +280,7 @@ def _state(p_states, i_state, o_f, kept, VALUE_DIM: tl.constexpr, BLOCK_V: tl.co
 def _states(
     p_x,
     p_u,
+    p_y,
     p_inverse,
     p_drop,
     p_ids,
@@ -307,9 +308,9 @@ def _states(
     """The states S = sum of features(x) u^T and the sums z = sum of features(x) * c of a piece from zero.
 
     Forward x, u and c are k, v and 1. In reverse they are q and the gradients of its sums, dy * inverse and -drop, and
-    state is what flows into a chunk from its right. What enters each chunk, times the coefficients, goes to p_states
-    [B, H, chunks, F, V] and p_sums [B, H, chunks, F] if given; what leaves the piece to p_summary
-    [B, H, pieces, F, V + 1].
+    state is what flows into a chunk from its right; drop is made from y where that is given. What enters each chunk,
+    times the coefficients, goes to p_states [B, H, chunks, F, V] and p_sums [B, H, chunks, F] if given; what leaves the
+    piece to p_summary [B, H, pieces, F, V + 1].
     """
     i_head = tl.program_id(1).to(tl.int64)
     i_piece = tl.program_id(2)
@@ -344,11 +345,15 @@ def _states(
         for j in tl.static_range(C // PART):
             i_part = i_chunk * (C // PART) + j
             b_x = _rows(p_x, i_part, tokens, heads, PART, KEY_DIM, BLOCK_K, True).to(OPERAND)
-            b_u = _rows(p_u, i_part, tokens, heads, PART, VALUE_DIM, BLOCK_V, False).to(OPERAND)
+            b_u = _rows(p_u, i_part, tokens, heads, PART, VALUE_DIM, BLOCK_V, False)
             b_c = (tl.arange(0, PART) < tokens - i_part * PART).to(tl.float32)
             if p_inverse is not None:
-                b_c = _scalars(p_drop, i_part, tokens, PART)
                 b_rate = _scalars(p_inverse, i_part, tokens, PART)
+                if p_y is None:
+                    b_c = _scalars(p_drop, i_part, tokens, PART)
+                else:
+                    b_y = _rows(p_y, i_part, tokens, heads, PART, VALUE_DIM, BLOCK_V, False)
+                    b_c = b_rate * tl.sum(b_u * b_y, 1)
             b_phi = tl.dot(b_second, b_x, input_precision=PRECISION) + b_one
             b_phi = tl.dot(b_first, b_x, input_precision=PRECISION) * b_phi + b_constant
             if p_ids is not None:
@@ -359,7 +364,7 @@ def _states(
             elif p_inverse is not None:
                 b_z -= tl.sum(b_phi * b_c[None, :], 1)
                 b_phi *= b_rate[None, :]
-            b_s = tl.dot(b_phi.to(OPERAND), b_u, b_s, input_precision=PRECISION)
+            b_s = tl.dot(b_phi.to(OPERAND), b_u.to(OPERAND), b_s, input_precision=PRECISION)
     TERMS: tl.constexpr = 1 + KEY_DIM + KEY_DIM * (KEY_DIM + 1) // 2
     p_row = p_summary + ((i_head * tl.num_programs(2) + i_piece) * TERMS + o_f) * (VALUE_DIM + 1)
     in_f = o_f < TERMS
@@ -813,8 +818,18 @@ def summarize(k: Tensor, v: Tensor, ids: Tensor | None) -> Tensor:
     cut = plan(k, v)
     k, v, ids = packed(k, v, ids)
     with on(k):
-        summary = _walk(cut, k, v, None, None, ids, None, None, 1.0, reverse=False)
+        summary = _walk(cut, k, v, None, None, None, ids, None, None, 1.0, reverse=False)
         return _folded(cut, None, summary, ids, None, None, 1.0, reverse=False)
+
+
+def adjoint(scale: float, dy: Tensor, q: Tensor, y: Tensor, inverse: Tensor, ids: Tensor | None) -> Tensor:
+    """dinitial; see reference.py."""
+    cut = plan(q, dy)
+    dy, q, y, ids = packed(dy, q, y, ids)
+    divided = (y, inverse) if inverse.numel() else (None, None)
+    with on(q):
+        summary = _walk(cut, q, dy, *divided, None, ids, None, None, scale, reverse=True)
+        return _folded(cut, None, summary, ids, None, None, scale, reverse=True)
 
 
 def summarize_backward(dstate: Tensor, k: Tensor, v: Tensor, ids: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -863,15 +878,15 @@ def _all_states(
 ) -> tuple[tuple[Tensor, ...], Tensor]:
     """((states, sums) of chunks and those that enter pieces, the one that leaves the row), by `_states` and `_fold`."""
     states, entering = cut.states(cut.chunks), cut.states(cut.pieces)
-    summary = _walk(cut, x, u, inverse, drop, ids, *states, scale, reverse)
+    summary = _walk(cut, x, u, None, inverse, drop, ids, *states, scale, reverse)
     return (*states, *entering), _folded(cut, outer, summary, ids, *entering, scale, reverse)
 
 
-def _walk(cut: Plan, x, u, inverse, drop, ids, states, sums, scale: float, reverse: bool) -> Tensor:
+def _walk(cut: Plan, x, u, y, inverse, drop, ids, states, sums, scale: float, reverse: bool) -> Tensor:
     """[B, H, pieces, F, V + 1]: what each piece adds to a state of zeros; fills `states` and `sums` if given."""
     summary = cut.empty(cut.pieces, cut.features, cut.value_dim + 1)
     _states[(triton.cdiv(cut.padded, cut.state_block), cut.rows, cut.pieces)](
-        x, u, inverse, drop, ids, *cut.tables(scale), states, sums, summary,
+        x, u, y, inverse, drop, ids, *cut.tables(scale), states, sums, summary,
         cut.tokens, cut.heads, cut.per_piece, cut.chunks, **cut.shape,
         BLOCK_F=cut.state_block, PART=min(STATE_PART, cut.chunk), REVERSE=reverse,
         num_warps=STATE_WARPS, num_stages=STATE_STAGES, maxnreg=STATE_REGISTERS,

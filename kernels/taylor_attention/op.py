@@ -6,11 +6,14 @@ plain PyTorch. Saved for the kernel's backward pass: the inputs, y and the inver
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from ..checks import check_segments, check_tensor, resets_of
 from ..dispatch import resolve
+from ..from_right import FromRight, with_right
 from ..segments import Segments
 from . import reference
 
@@ -25,6 +28,7 @@ def taylor_attention(
     scale: float | None = None,
     normalize: bool = True,
     eps: float = 1e-6,
+    from_right: FromRight | None = None,
     implementation: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """(y, final_state) of linear attention with Based's feature map, differentiable in every input.
@@ -44,6 +48,8 @@ def taylor_attention(
         scale: factor of the scores, > 0; None for 1 / sqrt(K).
         normalize: whether y is divided.
         eps: added to the divisor.
+        from_right: for a piece that goes on elsewhere: given the gradient that the outputs of this piece alone give
+            initial_state, it says the gradient of final_state, which is then detached. Called once a backward pass.
         implementation: "auto", "reference" or "triton".
 
     Returns:
@@ -58,10 +64,14 @@ def taylor_attention(
     if initial_state is not None:
         check_tensor("initial_state", initial_state, _state_shape(k, v), k)
         initial_state = initial_state.to(_state_dtype(q, k, v))
-    options = (scale, normalize, eps)
-    if _resolve(implementation, q, k, v) == "reference":
-        return reference.forward(q, k, v, initial_state, _documents(segments), *options)
-    return _forward(q, k, v, initial_state, _documents(segments), *options)[:2]
+    ids = _documents(segments)
+    forward, adjoint = reference.forward, reference.adjoint
+    if _resolve(implementation, q, k, v) == "triton":
+        forward, adjoint = _forward, _adjoint
+    y, final_state, inverse = forward(q, k, v, initial_state, ids, scale, normalize, eps)
+    if from_right is None:
+        return y, final_state
+    return with_right(y, final_state, from_right, partial(adjoint, scale), q, y, inverse, ids)
 
 
 def taylor_attention_summarize(
@@ -167,6 +177,12 @@ def _documents(segments: Segments | None) -> Tensor | None:
     """int32 [B, T], each token's document counted from the row's first; 0 for one begun before the piece."""
     resets = resets_of(segments)
     return None if resets is None else resets.cumsum(1, dtype=torch.int32)
+
+
+def _adjoint(scale: float, dy: Tensor, q: Tensor, y: Tensor, inverse: Tensor, ids: Tensor | None) -> Tensor:
+    from . import kernel
+
+    return kernel.adjoint(scale, dy, q, y, inverse, ids)
 
 
 def _state_shape(k: Tensor, v: Tensor) -> tuple[int, int, int, int]:

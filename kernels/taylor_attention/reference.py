@@ -54,8 +54,11 @@ def forward(
     scale: float,
     normalize: bool,
     eps: float,
-) -> tuple[Tensor, Tensor]:
-    """(y, final_state); see op.py. `ids` int32 [B, T] number the documents; 0 is the one that entered."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, final_state, inverse [B, H, T] of the normaliser, empty where y is not divided); see op.py.
+
+    `ids` int32 [B, T] number the documents; 0 is the one that entered.
+    """
     dtype, out = state_dtype(q, k, v), v.dtype
     tokens = q.shape[1]
     qs, ks, vs = (_chunks(t.to(dtype)) for t in (q, k, _with_one(v)))
@@ -68,8 +71,10 @@ def forward(
     seen = (here == before[..., None]).to(dtype)[..., None, None]
     sums = inside + torch.einsum("bnihf,bnhfv->bnihv", query_features(qs, scale) * seen, entering)
     sums = sums.flatten(1, 2)[:, :tokens]
-    y = sums[..., :-1] / (sums[..., -1:] + eps) if normalize else sums[..., :-1]
-    return y.to(out), final
+    if not normalize:
+        return sums[..., :-1].to(out), final, sums.new_empty(0)
+    divisor = sums[..., -1] + eps
+    return (sums[..., :-1] / divisor[..., None]).to(out), final, divisor.reciprocal().transpose(1, 2)
 
 
 def summarize(k: Tensor, v: Tensor, ids: Tensor | None) -> Tensor:
@@ -77,6 +82,18 @@ def summarize(k: Tensor, v: Tensor, ids: Tensor | None) -> Tensor:
     dtype = state_dtype(k, v)
     ks, vs = _chunks(k.to(dtype)), _chunks(_with_one(v).to(dtype))
     return _states(ks, vs, None, *_documents(ids, k, ks.shape[1]))[1]
+
+
+def adjoint(scale: float, dy: Tensor, q: Tensor, y: Tensor, inverse: Tensor, ids: Tensor | None) -> Tensor:
+    """dinitial [B, H, F, V + 1] where the final state has no gradient: phi(q_t) times the gradient of t's sums."""
+    dtype = state_dtype(q, dy)
+    dsums = torch.cat([dy, torch.zeros_like(dy[..., :1])], dim=-1).to(dtype)
+    if inverse.numel():
+        dsums[..., -1] = -(dy.to(dtype) * y.to(dtype)).sum(-1)
+        dsums *= inverse.transpose(1, 2)[..., None]
+    if ids is not None:
+        dsums *= (ids == 0)[..., None, None]
+    return torch.einsum("bthf,bthv->bhfv", query_features(q.to(dtype), scale), dsums)
 
 
 def step(

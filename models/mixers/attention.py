@@ -30,7 +30,8 @@ class Attention(Mixer):
         self.heads, kv_heads = options.query_heads(width), options.key_heads(width)
         self.head_dim, self.implementation = options.head_dim, implementation
         self.position, self.keys_seen = options.position, options.keys_seen
-        self.rotary_dims, self.rope_base = options.rotary_dims, options.rope_base
+        self.rotary_dims = options.rotary_dims
+        self.use_positions(config)
         self.local_heads = backend.part(self.heads)
         self.query, self.key, self.value = (
             # With biases no head is shared by queries of several ranks (`AttentionConfig.problems`).
@@ -46,7 +47,8 @@ class Attention(Mixer):
         """[B, T, D] -> [B, T, D]."""
         q, k, v = self._project(x, seq.segments.positions)
         reach = None if self.keys_seen is None else self.keys_seen - 1
-        keys, values = seq.left_halo("keys", k, reach), seq.left_halo("values", v, reach)
+        (k, keys), (v, values) = seq.left_halo("keys", k, reach), seq.left_halo("values", v, reach)
+        keys, values = keys(), values()
         options = {"window": self.keys_seen, "key_offset": -keys.shape[1], "alibi_slopes": self._slopes(x.device)}
         k, v = after(keys, k), after(values, v)
         y = attention(q, k, v, seq.segments, **options, implementation=self.implementation)
@@ -66,6 +68,11 @@ class Attention(Mixer):
         shape = (batch, 0 if self.keys_seen is None else self.keys_seen - 1, heads, self.head_dim)
         return {name: torch.zeros(shape, device=device, dtype=dtype) for name in ("keys", "values")}
 
+    def use_positions(self, config: ModelConfig) -> None:
+        """Goes on with the rotary base and the factor on ALiBi's slopes of `config`."""
+        options = cast(AttentionConfig, config.mixer_config(self.name))
+        self.rope_base, self.alibi_scale = options.rope_base, options.alibi_scale
+
     def _project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries [B, T, H, K], rotated keys and values [B, T, Hkv, K]."""
         q, k, v = (linear(x).unflatten(-1, (-1, self.head_dim)) for linear in (self.query, self.key, self.value))
@@ -77,7 +84,9 @@ class Attention(Mixer):
 
     def _slopes(self, device: torch.device) -> Tensor | None:
         """This rank's part of the slopes of all heads."""
-        return alibi_slopes(self.heads, device)[self.local_heads] if self.position == "alibi" else None
+        if self.position != "alibi":
+            return None
+        return alibi_slopes(self.heads, device, self.alibi_scale)[self.local_heads]
 
 
 def after(left: Tensor, x: Tensor) -> Tensor:

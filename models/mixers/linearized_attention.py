@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -62,10 +64,12 @@ class LinearizedAttention(Attention):
         """[B, T, D] -> [B, T, D]."""
         q, k, v = self._project(x, seq.segments.positions)
         taps = self.conv_weight.shape[1]
-        keys = seq.left_halo("keys", k, self.group - 1)
-        values = seq.left_halo("values", v, max(self.group, taps) - 1)
+        k, keys = seq.left_halo("keys", k, self.group - 1)
+        v, values = seq.left_halo("values", v, max(self.group, taps) - 1)
+        across = self._across(q, k, v, seq)
+        keys, values = keys(), values()
         y = self._inside(q, after(keys, k), after(last(values, self.group - 1), v), seq.segments)
-        y = y + self._factor(x) * self._across(q, k, v, seq)
+        y = y + self._factor(x) * across()
         tail = self._repeat(last(values, taps - 1)).flatten(2)
         where = {"segments": seq.segments, "implementation": self.implementation}
         inputs = self._repeat(v).flatten(2)
@@ -109,15 +113,21 @@ class LinearizedAttention(Attention):
         where = {"segments": groups, "implementation": self.implementation}
         return attention(q, keys, values, **where, window=self.group, key_offset=-halo)
 
-    def _across(self, q: Tensor, k: Tensor, v: Tensor, seq: SequenceContext) -> Tensor:
-        """The global branch [B, T, H, K]; 0 in a document's first group, which has nothing before it."""
+    def _across(self, q: Tensor, k: Tensor, v: Tensor, seq: SequenceContext) -> Callable[[], Tensor]:
+        """The global branch [B, T, H, K], once its state is there; 0 in a document's first group, which has nothing
+        before it."""
         k, v = (self._repeat(t) if self.projected else t for t in (k, v))
         q, k = self._map(q, k)
         where = {"segments": seq.segments, "implementation": self.implementation}
-        state = seq.initial_state("state", lambda: linear_attention_summarize(k, v, **where, **self.options))
-        y, final_state = linear_attention(q, k, v, None, state, **where, **self.options)
-        seq.leave("state", final_state)
-        return y
+        entry = seq.initial_state("state", lambda: linear_attention_summarize(k, v, **where, **self.options))
+
+        def across() -> Tensor:
+            options = {**where, **self.options, "from_right": entry.from_right}
+            y, final_state = linear_attention(q, k, v, None, entry.state(), **options)
+            seq.leave("state", final_state)
+            return y
+
+        return across
 
     def _map(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Features [..., H, F] of queries and keys [..., H, K]."""

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
+from ..config import ModelConfig
 from ..sequence import SequenceContext
 
 
@@ -24,3 +25,6 @@ class Mixer(nn.Module, ABC):
     @abstractmethod
     def init_carry(self, batch: int, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
         """The carry of `batch` rows that have read nothing, for a model of `dtype`."""
+
+    def use_positions(self, config: ModelConfig) -> None:
+        """Goes on with the positions of `config`; a mixer that is told none has nothing to do."""

@@ -55,9 +55,9 @@ class RGLRU(Mixer):
 
     def forward(self, x: Tensor, seq: SequenceContext) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
-        x_branch, y_branch = self.input_x(x), self.input_y(x)
-        halo = seq.left_halo("conv", x_branch, self.conv_weight.shape[1] - 1)
-        tail = halo if halo.shape[1] else None
+        x_branch, halo = seq.left_halo("conv", self.input_x(x), self.conv_weight.shape[1] - 1, alone=True)
+        y_branch, tail = self.input_y(x), halo()
+        tail = tail if tail.shape[1] else None
         u, _ = short_conv(
             x_branch, self.conv_weight, self.conv_bias, tail, seq.segments, implementation=self.implementation
         )
@@ -65,10 +65,11 @@ class RGLRU(Mixer):
         gate_a, gate_x = gate_projections(u, *weights, implementation=self.implementation)
         gates = (u, gate_a, gate_x, wide(self.a_param))
         options = {"segments": seq.segments, "implementation": self.implementation}
-        state = seq.initial_state("state", lambda: rg_lru_summarize(*gates, **options))
-        h, final_state = rg_lru(*gates, state, **options)
+        entry = seq.initial_state("state", lambda: rg_lru_summarize(*gates, **options))
+        y_branch = F.gelu(y_branch, approximate="tanh")
+        h, final_state = rg_lru(*gates, entry.state(), **options, from_right=entry.from_right)
         seq.leave("state", final_state)
-        return self.output(h * F.gelu(y_branch, approximate="tanh"))
+        return self.output(h * y_branch)
 
     def step(self, x: Tensor, carry: dict[str, Tensor], position: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """One token's ([B, D], next carry)."""

@@ -31,11 +31,10 @@ class ShortConv(Mixer):
 
     def forward(self, x: Tensor, seq: SequenceContext) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
-        x_branch, y_branch = self.input_x(x), self.input_y(x)
-        halo = seq.left_halo("conv", x_branch, self.conv_weight.shape[1] - 1)
-        tail = halo if halo.shape[1] else None
+        x_branch, halo = seq.left_halo("conv", self.input_x(x), self.conv_weight.shape[1] - 1, alone=True)
+        y_branch, tail = self.input_y(x), halo()
         options = {"activation": "silu", "implementation": self.implementation}
-        u, _ = short_conv(x_branch, self.conv_weight, None, tail, seq.segments, **options)
+        u, _ = short_conv(x_branch, self.conv_weight, None, tail if tail.shape[1] else None, seq.segments, **options)
         return self.output(u * y_branch)
 
     def step(self, x: Tensor, carry: dict[str, Tensor], position: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

@@ -34,10 +34,11 @@ class TaylorAttention(Mixer):
 
     def forward(self, x: Tensor, seq: SequenceContext) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
-        q, k, v = self._project(x)
+        k, v = self._heads(self.key(x)), self._heads(self.value(x))
         where = {"segments": seq.segments, "implementation": self.implementation}
-        state = seq.initial_state("state", lambda: taylor_attention_summarize(k, v, **where))
-        y, final_state = taylor_attention(q, k, v, state, **where, **self.options)
+        entry = seq.initial_state("state", lambda: taylor_attention_summarize(k, v, **where))
+        q = self._heads(self.query(x))
+        y, final_state = taylor_attention(q, k, v, entry.state(), **where, **self.options, from_right=entry.from_right)
         seq.leave("state", final_state)
         return self.output(y.flatten(2))
 
@@ -45,7 +46,8 @@ class TaylorAttention(Mixer):
         """One token's ([B, D], next carry)."""
         state = carry["state"].masked_fill((position == 0)[:, None, None, None], 0)
         options = {**self.options, "implementation": self.implementation}
-        y, state = taylor_attention_step(*self._project(x), state, **options)
+        q, k, v = (self._heads(linear(x)) for linear in (self.query, self.key, self.value))
+        y, state = taylor_attention_step(q, k, v, state, **options)
         return self.output(y.flatten(1)), {"state": state}
 
     def init_carry(self, batch: int, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -54,7 +56,6 @@ class TaylorAttention(Mixer):
         state_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         return {"state": torch.zeros(shape, device=device, dtype=state_dtype)}
 
-    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries and keys [..., H, K], values [..., H, V]."""
-        q, k = (linear(x).unflatten(-1, (-1, self.feature_dim)) for linear in (self.query, self.key))
-        return q, k, self.value(x).unflatten(-1, (-1, self.head_dim))
+    def _heads(self, x: Tensor) -> Tensor:
+        """[..., H, K or V] of x [..., H K or H V]."""
+        return x.unflatten(-1, (self.heads, -1))

@@ -196,8 +196,8 @@ def _recurrent(load: Load, options: RGLRUConfig) -> Iterator[Op]:
     # GeLU of one branch, and its product with the other.
     yield _moved(load, "pointwise", channels, 5, 13)
     if load.dims.context > 1:
-        # Reads three, and for its gradient scans once more.
-        yield _moved(load, "scan", channels, 3, 15, SUMMARIES)
+        # Reads x and the gates; backward one gate and the gradient of h.
+        yield _moved(load, "scan", channels, 3, 5, SUMMARIES)
 
 
 def _taylor(load: Load, options: TaylorAttentionConfig) -> Iterator[Op]:
@@ -208,7 +208,8 @@ def _taylor(load: Load, options: TaylorAttentionConfig) -> Iterator[Op]:
     yield Op(MIXING, "taylor", (flops / 3, flops), (size, 3 * size), (3, 9))
     if load.dims.context > 1:
         flops = 2.0 * load.tokens * heads * taylor_terms(options.feature_dim) * (options.head_dim + options.normalize)
-        yield Op(SUMMARIES, "taylor", (flops, 3 * flops), (size / 2, 1.5 * size), (2, 5))
+        # Reads k and v; backward q, y and its gradient.
+        yield Op(SUMMARIES, "taylor", (flops, 2 * flops), (size / 2, 1.5 * size), (2, 4))
 
 
 def _attention(load: Load, options: AttentionConfig) -> Iterator[Op]:
@@ -236,7 +237,7 @@ def _linearized(load: Load, options: LinearizedAttentionConfig, heads: int) -> I
     yield _moved(load, "pointwise", heads * options.head_dim, 14, 36)
     if load.dims.context > 1:
         states = 2.0 * load.tokens * heads * options.features * (options.head_dim + options.normalize)
-        yield Op(SUMMARIES, "linear attention", (states, 3 * states), (0, 0), (3, 8))
+        yield Op(SUMMARIES, "linear attention", (states, 2 * states), (0, 0), (2, 4))
 
 
 def state_elements(load: Load, options: MixerConfig) -> tuple[int, int]:

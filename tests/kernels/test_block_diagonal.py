@@ -138,9 +138,9 @@ def test_custom_operators(device):
     from longscan.kernels.block_diagonal import op
 
     inputs = make(1, 6, 2, 16, torch.float32, device)
-    torch.library.opcheck(op._forward, inputs)
+    torch.library.opcheck(op._forward.operator, inputs)
     grads = [torch.randn(1, 6, 32, device=device) for _ in range(2)]
-    torch.library.opcheck(op._backward, [*grads, *(inputs[i].detach() for i in (0, 1, 3))])
+    torch.library.opcheck(op._backward.operator, [*grads, *(inputs[i].detach() for i in (0, 1, 3))])
 
 
 @pytest.mark.parametrize(

@@ -367,7 +367,9 @@ def build(kernel, warps, stages, registers=None, **sizes):
     print(kernel.__name__, "wgmma" in built.asm["ptx"])
 
 
-build(taylor._states, taylor.STATE_WARPS, taylor.STATE_STAGES, BLOCK_F=taylor.STATE_BLOCK)
+states = {"warps": taylor.STATE_WARPS, "stages": taylor.STATE_STAGES, "BLOCK_F": taylor.STATE_BLOCK}
+build(taylor._states, p_y=None, **states)
+build(taylor._states, p_drop=None, p_states=None, p_sums=None, **states)
 for kernel in (taylor._outputs, taylor._query_gradients, taylor._key_gradients):
     build(kernel, 8, taylor.STAGES, taylor.REGISTERS)
 build(taylor._fold, taylor.FOLD_WARPS, 3, BLOCK_F=taylor.FOLD_BLOCK)
@@ -382,4 +384,4 @@ def test_kernels_compile_for_sm_90(tmp_path):
     done = subprocess.run([sys.executable, "-c", BUILD], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     lines = done.stdout.split("\n")[:-1]
-    assert len(lines) == 6 and all(line.endswith("True") for line in lines[:4]), f"no tensor cores: {done.stdout}"
+    assert len(lines) == 7 and all(line.endswith("True") for line in lines[:5]), f"no tensor cores: {done.stdout}"

@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 from distributed import run_distributed
 
-from longscan.parallel.collectives import entering_state, gather_tokens, left_halo, sum_gradients, sum_parts
+from longscan.parallel.collectives import StateExchange, gather_tokens, left_halo, sum_gradients, sum_parts
 
 RANKS, BATCH, TOKENS, WIDTH = 3, 2, 4, 5
 # Within a piece, a whole piece, over two pieces, all there is, and longer than the row.
@@ -41,11 +41,10 @@ def adjoints():
     piece = (BATCH, TOKENS, WIDTH)
     for n in HALOS:
         y = random("y", BATCH, n, WIDTH)
-        errors[f"left_halo {n}"] = adjoint_error(lambda x, n=n: left_halo(x, n, group), random("x", *piece), y)
-    transition = random("transition", BATCH, 1, WIDTH)
-    errors["entering_state"] = adjoint_error(
-        lambda state: entering_state(state, transition, group), random("x", *piece), random("y", *piece)
-    )
+        errors[f"left_halo {n}"] = adjoint_error(lambda x, n=n: halo_of(x, n), random("x", *piece), y)
+        # What goes on and the halo together.
+        both = random("y", BATCH, n + TOKENS, WIDTH)
+        errors[f"x and halo {n}"] = adjoint_error(lambda x, n=n: x_and_halo(x, n), random("x", *piece), both)
     wide = random("y", BATCH, RANKS * TOKENS, WIDTH)
     errors["gather_tokens"] = adjoint_error(lambda x: gather_tokens(x, group), random("x", *piece), wide)
     shared = random("x", *piece, shared=True)
@@ -56,6 +55,15 @@ def adjoints():
         lambda x: sum_parts(x, group), random("x", *piece), shared.clone(), y_shared=True
     )
     return errors
+
+
+def halo_of(x, n):
+    return left_halo(x, n, dist.group.WORLD)[1]()
+
+
+def x_and_halo(x, n):
+    x, halo = left_halo(x, n, dist.group.WORLD)
+    return torch.cat([halo(), x], dim=1)
 
 
 def whole_row(piece):
@@ -74,7 +82,7 @@ def values():
     for n in HALOS:
         padded = torch.cat([row.new_zeros(BATCH, n, WIDTH), row], dim=1)
         expected = padded[:, rank * TOKENS : rank * TOKENS + n]
-        found[f"left_halo {n}"] = torch.equal(left_halo(x, n, group), expected)
+        found[f"left_halo {n}"] = torch.equal(halo_of(x, n), expected)
     return found
 
 
@@ -93,14 +101,13 @@ def states():
         loss = loss + (entered[-1].square() * weight).sum()
         entered.append(transition * entered[-1] + state)
     loss.backward()
-    state, transition = (tensor.clone().requires_grad_() for tensor in own[:2])
-    entering = entering_state(state, transition, group)
-    (entering.square() * own[2]).sum().backward()
-    pairs = [(entering, entered[rank]), (state.grad, everyone[0][rank].grad), (transition.grad, everyone[1][rank].grad)]
-    errors = []
-    for found, wanted in pairs:
-        errors.append(float((found - (torch.zeros_like(found) if wanted is None else wanted)).abs().max()))
-    return errors
+    exchange = StateExchange(*own[:2], group)
+    entering = exchange.entering()
+    # The gradient of the state that leaves a piece is that of its sum, `state`; the last one's is nobody's.
+    leaving = exchange.from_right(2 * entering * own[2])
+    wanted = everyone[0][rank].grad
+    pairs = [(entering, entered[rank]), (leaving, torch.zeros_like(leaving) if wanted is None else wanted)]
+    return [float((found - expected).abs().max()) for found, expected in pairs]
 
 
 def every_check():

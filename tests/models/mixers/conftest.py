@@ -12,17 +12,20 @@ from longscan.models.parameters import init_parameters
 VARIANTS = {
     "attention": {
         "default": {},
-        "alibi": {"position": "alibi", "kv_heads": 2},
+        "alibi": {"position": "alibi", "kv_heads": 2, "alibi_scale": 0.5},
         "alibi-odd-heads": {"position": "alibi", "heads": 3, "output_bias": True},
         "none": {"position": "none", "kv_heads": 1},
         "half-rope": {"rope_fraction": 0.5},
         "biased": {"position": "alibi", "qkv_bias": True, "output_bias": True},
+        "other-base": {"rope_base": 500.0, "heads": 3, "head_dim": 6},
     },
     "rg_lru": {
         "default": {},
+        "paper": {"decay_init": "paper"},
         "released": {"decay_init": "released"},
         "one-tap": {"conv_taps": 1},
         "one-block-no-bias": {"gate_blocks": 1, "bias": False},
+        "fast-decays": {"decay_range": [0.2, 0.5], "width": 24},
     },
     "local_attention": {
         "default": {},
@@ -30,7 +33,15 @@ VARIANTS = {
         "window-past-row": {"window": 64},
         "grouped": {"kv_heads": 2, "rope_fraction": 1.0},
         "no-rope-no-bias": {"rope_fraction": 0.0, "output_bias": False},
-        "alibi": {"position": "alibi", "kv_heads": 0},
+        "alibi": {"position": "alibi", "kv_heads": 0, "alibi_scale": 0.5},
+        "none-biased": {
+            "position": "none",
+            "kv_heads": 0,
+            "qkv_bias": True,
+            "rope_base": 500.0,
+            "heads": 2,
+            "head_dim": 6,
+        },
     },
     "linearized_attention": {
         "default": {},
@@ -40,6 +51,15 @@ VARIANTS = {
         "relu-shared-keys": {"feature_map": "relu", "local": "relu2", "kv_heads": 1},
         "group-of-one": {"group": 1},
         "group-past-row": {"group": 64, "position": "none", "output_bias": True},
+        "elu-sums": {"normalize": False, "qkv_bias": True, "rope_fraction": 0.5, "rope_base": 500.0},
+        "taylor-squared": {
+            "feature_map": "taylor",
+            "feature_dim": 4,
+            "local": "relu2",
+            "group": 8,
+            "heads": 3,
+            "head_dim": 6,
+        },
     },
     "short_conv": {
         "default": {},
@@ -48,10 +68,15 @@ VARIANTS = {
     },
     "taylor_attention": {
         "default": {},
-        "plain-sums": {"feature_dim": 5, "normalize": False, "scale": 0.7},
+        "plain-sums": {"feature_dim": 5, "normalize": False, "scale": 0.7, "heads": 2, "head_dim": 12},
     },
 }
-CASES = [(mixer, label) for mixer in sorted(MIXERS) for label in VARIANTS[mixer]]
+CASES = [(mixer, label) for mixer in sorted(MIXERS) for label in VARIANTS.get(mixer, {"default": {}})]
+
+
+@pytest.fixture
+def variants() -> dict[str, dict[str, dict]]:
+    return VARIANTS
 
 
 @pytest.fixture(params=CASES, ids=["-".join(case) for case in CASES])

@@ -1,10 +1,13 @@
 """One body for every mixer: whole, split, step by step and packed are the same function, and nothing leaks."""
 
+from dataclasses import fields
+
 import pytest
 import torch
 
 from longscan.kernels import Segments
 from longscan.models import LocalBackend, LocalContext
+from longscan.models.mixer_config import DECAY_INITS, FEATURE_MAPS, LOCAL_BRANCHES
 from longscan.models.mixers import MIXERS, Mixer
 
 WIDTH, TOKENS = 32, 31
@@ -49,6 +52,22 @@ def test_whole_equals_split(make_mixer, segments, cuts):
         torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("name", sorted(MIXERS))
+def test_every_option_is_in_some_case(make_config, variants, name):
+    """Each field has two values among the cases, and one with a list of choices has all of them.
+
+    Linearized attention inherits a field that it has no use for.
+    """
+    cases = [make_config(**{name: options}).mixer_config(name) for options in variants[name].values()]
+    choices = {"decay_init": DECAY_INITS, "feature_map": FEATURE_MAPS, "local": LOCAL_BRANCHES}
+    choices["position"] = getattr(cases[0], "positions", ())
+    without = {"alibi_scale"} if "alibi" not in choices["position"] else set()
+    for option in (option for option in fields(cases[0]) if option.name not in without):
+        values = {str(getattr(case, option.name)) for case in cases}
+        assert len(values) > 1, f"{name}.{option.name} is always {values}"
+        assert values.issuperset(choices.get(option.name, ())), f"{name}.{option.name} is only ever {values}"
+
+
 class SummarizingContext(LocalContext):
     """Answers from the carry as LocalContext does, and notes what the piece says that it does to a state."""
 
@@ -57,10 +76,10 @@ class SummarizingContext(LocalContext):
         self.foretold: dict[str, torch.Tensor] = {}
 
     def initial_state(self, name, summarize):
-        entering = super().initial_state(name, summarize)
+        entry = super().initial_state(name, summarize)
         state, transition = summarize()
-        self.foretold[name] = transition * entering + state
-        return entering
+        self.foretold[name] = transition * entry.state() + state
+        return entry
 
 
 def test_summaries_foretell_the_states(make_mixer, segments):
