@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -15,7 +12,7 @@ from .mixers import MIXERS
 from .mlp import MLP
 from .sequence import SequenceContext
 
-ACTIVATION_CHECKPOINTS = ("none", "selective", "full")
+ACTIVATION_CHECKPOINTS = ("none", "selective", "full", "offload")
 
 
 class Block(nn.Module):
@@ -27,7 +24,8 @@ class Block(nn.Module):
         activation_checkpoint: what is computed again in the backward pass instead of kept: "none"; "selective", the
             MLP and its norm, in Griffin 14 of the 30 numbers a channel that an RG-LRU's block keeps and of the 21 that
             an attention's keeps, and neither a scan or attention nor an exchange with other pieces of the sequence;
-            "full", all of it, of which only the input is kept, for a third more work.
+            "full", all of it, of which only the input is kept, for a third more work; "offload", like "full", the
+            inputs in host memory (`LanguageModel.through`). But for "none" MLP and norm run in tiles of tokens.
     """
 
     def __init__(
@@ -47,20 +45,15 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, seq: SequenceContext) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
-        return self._run("full", self._whole, x, seq)
+        if self.activation_checkpoint in ("full", "offload") and torch.is_grad_enabled():
+            return checkpoint(self._whole, x, seq, use_reentrant=False)
+        return self._whole(x, seq)
 
     def _whole(self, x: Tensor, seq: SequenceContext) -> Tensor:
         x = x + self.mixer(self.mixer_norm(x), seq)
-        return x + self._run("selective", self._fed, x)
-
-    def _fed(self, x: Tensor) -> Tensor:
-        return self.mlp(self.mlp_norm(x))
-
-    def _run(self, mode: str, function: Callable[..., Tensor], *inputs: Any) -> Tensor:
-        """`function(*inputs)`, computed again in the backward pass if this block's mode is `mode`."""
-        if self.activation_checkpoint != mode or not torch.is_grad_enabled():
-            return function(*inputs)
-        return checkpoint(function, *inputs, use_reentrant=False)
+        if self.activation_checkpoint == "none":
+            return x + self.mlp(self.mlp_norm(x))
+        return self.mlp(x, norm=self.mlp_norm)
 
     def step(self, x: Tensor, carry: dict[str, Tensor], position: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """One token's ([B, D], next carry of the mixer)."""

@@ -10,8 +10,8 @@ from torch import Tensor
 
 
 def runs(x: Tensor) -> bool:
-    """Whether these functions are to be used for x."""
-    return x.is_cuda and x.dtype != torch.float64
+    """Whether these functions are to be used for x; torch.compile fuses the plain ones with what is around them."""
+    return x.is_cuda and x.dtype != torch.float64 and not torch.compiler.is_compiling()
 
 
 def rms_norm(x: Tensor, scale: Tensor, eps: float) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -11,10 +12,12 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..kernels import Segments
+from .adapter import add_adapters
 from .backend import Backend, LocalBackend
 from .block import ACTIVATION_CHECKPOINTS, Block
 from .config import ModelConfig, validate
 from .norm import NORMS
+from .offload import HostStore
 from .parameters import init_parameters, undecayed
 from .positions import sinusoids
 from .sequence import Carry, LocalContext, SequenceContext
@@ -48,6 +51,9 @@ class LanguageModel(nn.Module):
         implementation: of the kernels: "auto", "reference" or "triton".
         activation_checkpoint: what of each block is computed again in the backward pass (`Block`).
         part: what of the model is built; all of it unless given.
+
+    Attributes:
+        frozen: names of the parameters that training leaves as they are; none unless `freeze` says so.
     """
 
     def __init__(
@@ -68,6 +74,8 @@ class LanguageModel(nn.Module):
         self.config, self.implementation = config, implementation
         self.backend = backend or LocalBackend()
         self.part = part or Part(frozenset(range(config.layers)))
+        self.frozen: set[str] = set()
+        self._host = HostStore() if activation_checkpoint == "offload" else None
         if self.part.first or (self.part.last and config.tie_embeddings):
             self.embedding = self.backend.embedding(config.vocab_size, config.width, 1 / config.width)
         if self.part.first and config.embedding_norm:
@@ -80,6 +88,8 @@ class LanguageModel(nn.Module):
             for layer, mixer in enumerate(config.mixers)
         ]
         self.blocks = cast("Sequence[Block]", nn.ModuleList(blocks))
+        if config.lora.rank:
+            add_adapters(blocks, config.lora, self.backend)
         if self.part.last:
             self.norm = self.backend.norm(config.norm, config.width, config.norm_eps)
         if self.part.last and not config.tie_embeddings:
@@ -116,9 +126,10 @@ class LanguageModel(nn.Module):
         self, layers: Iterable[int], x: Tensor, segments: Segments, contexts: Sequence[SequenceContext] | None = None
     ) -> Tensor:
         """The hidden states [B, T, D] after the blocks `layers`, in that order; `contexts` as in `hidden`."""
-        for layer in layers:
-            seq = LocalContext(segments) if contexts is None else contexts[layer]
-            x = self.blocks[layer](x, seq)
+        with self._host.keeping() if self._host and torch.is_grad_enabled() else nullcontext():
+            for layer in layers:
+                seq = LocalContext(segments) if contexts is None else contexts[layer]
+                x = self.blocks[layer](x, seq)
         return x
 
     def head(self, hidden: Tensor) -> Tensor:
@@ -168,13 +179,27 @@ class LanguageModel(nn.Module):
         layers = [block.mixer.init_carry(batch, weight.device, weight.dtype) for block in self.blocks]
         return Carry(layers, torch.zeros(batch, dtype=torch.int64, device=weight.device))
 
-    def init_weights(self, seed: int) -> None:
-        """Draws every parameter in place from `seed` and its name; build order, device and dtype do not matter."""
-        init_parameters(self, seed, self.backend.logical)
+    def init_weights(self, seed: int, names: Collection[str] | None = None) -> None:
+        """Draws every parameter, or those called `names`, in place from `seed` and its name.
+
+        Build order, device and dtype do not matter.
+        """
+        init_parameters(self, seed, self.backend.logical, names)
+
+    def use_positions(self, config: ModelConfig) -> None:
+        """Goes on with `config`, which differs in rotary bases and ALiBi factors alone (`config.with_positions`)."""
+        self.config = config
+        for layer in self.part.layers:
+            self.blocks[layer].mixer.use_positions(config)
+
+    def freeze(self) -> None:
+        """Takes no gradients of the `frozen` parameters. After the optimizer was made: it is to know all of them."""
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(name not in self.frozen)
 
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that do not decay: norms, biases and factors, and the RG-LRU's decays and gates."""
-        return undecayed(self)
+        """Names of the parameters that do not decay: frozen ones, norms, biases, factors, RG-LRU's decays and gates."""
+        return undecayed(self) | self.frozen
 
     def logical_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every parameter of the whole model, whatever part and boxes of it this one holds."""

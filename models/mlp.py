@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from . import fused
 from .backend import Backend
 from .config import ModelConfig
+from .tiles import Fed, in_tiles
 
 ACTIVATIONS = {"gelu": partial(F.gelu, approximate="tanh"), "silu": F.silu, "relu": F.relu}
 
@@ -25,8 +26,11 @@ class MLP(nn.Module):
         self.down = backend.row_linear(hidden, width, bias, 2 / (config.layers * hidden))
         self.activation = config.mlp.activation
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., D] -> [..., D]."""
+    def forward(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
+        """[..., D] -> [..., D]; with `norm` `x + mlp(norm(x))` of x [B, T, D], of which only x is kept (`tiles`)."""
+        return self._feed(x) if norm is None else in_tiles(Fed(norm, self, self._feed), x)
+
+    def _feed(self, x: Tensor) -> Tensor:
         if self.gate is None:
             return self.down(ACTIVATIONS[self.activation](self.up(x)))
         return self.down(gated(self.activation, self.gate(x), self.up(x)))

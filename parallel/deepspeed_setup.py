@@ -20,7 +20,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from .groups import megatron
+from ..models.block import Block
+from ..models.mlp import MLP
+from .groups import megatron, timeout_shared
 
 # Stage 3 shards parameters of more elements than this; to gather smaller ones would cost more time than memory.
 KEPT_WHOLE = 2**14
@@ -40,10 +42,20 @@ def wrap(
     # A replica may be smaller than what the launcher started, which stage 3 takes for a mistake.
     with _environment("WORLD_SIZE", str(dist.get_world_size())), redirect_stdout(io.StringIO()):
         deepspeed = _load(device)
-        engine, *_ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=config, mpu=ranks, dist_init_required=False
-        )
+        _gather_once(deepspeed, model)
+        with timeout_shared():
+            engine, *_ = deepspeed.initialize(
+                model=model, optimizer=optimizer, config=config, mpu=ranks, dist_init_required=False
+            )
     return engine
+
+
+def _gather_once(deepspeed: ModuleType, model: nn.Module) -> None:
+    """Has stage 3 gather an MLP's parameters and its norm's once, and reduce them once, though tiles use them often."""
+    deepspeed.utils.set_z3_leaf_modules(model, [MLP], raise_if_not_found=False)
+    for block in (module for module in model.modules() if isinstance(module, Block)):
+        for parameter in block.mlp_norm.parameters():
+            deepspeed.zero.register_external_parameter(block.mlp, parameter)
 
 
 class _Ranks:

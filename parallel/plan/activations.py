@@ -43,17 +43,26 @@ def in_flight(load: Load, stage: int) -> float:
 
 
 def kept_by_block(load: Load, name: str) -> int:
-    """What a block keeps under the checkpointing in force: all, all but the MLP and its norm's output, or its input."""
+    """What a block keeps under the checkpointing in force: all, all but MLP and norm, its input, or nothing there."""
+    if load.checkpointing == "offload":
+        return 0
     if load.checkpointing == "full":
         return block_input_bytes(load)
     if load.checkpointing == "selective":
-        return _norm_bytes(load) + mixer_bytes(load, name) + block_input_bytes(load)
+        return mixed_bytes(load, name) + block_input_bytes(load)
     return block_bytes(load, name)
 
 
 def batch_bytes(load: Load) -> int:
     """Tokens, labels and positions of 8 bytes, document starts of 4, resets of 1."""
     return 29 * load.tokens
+
+
+def host_bytes(load: Load, stage: int = 0) -> int:
+    """Block inputs in host memory, of all that a pipeline rank has in flight."""
+    if load.checkpointing != "offload":
+        return 0
+    return math.ceil(in_flight(load, stage) * len(load.stage_mixers(stage)) * block_input_bytes(load))
 
 
 def block_input_bytes(load: Load) -> int:
@@ -72,7 +81,12 @@ def head_bytes(load: Load) -> int:
 
 def block_bytes(load: Load, name: str) -> int:
     """What a block keeps whose mixer is `name`."""
-    return 2 * _norm_bytes(load) + _mlp_bytes(load) + mixer_bytes(load, name)
+    return mixed_bytes(load, name) + _norm_bytes(load) + _mlp_bytes(load)
+
+
+def mixed_bytes(load: Load, name: str) -> int:
+    """What a block keeps of its mixer and the norm before it."""
+    return _norm_bytes(load) + mixer_bytes(load, name)
 
 
 def _norm_bytes(load: Load) -> int:
@@ -101,7 +115,7 @@ def _mixer_parts(load: Load, options: MixerConfig) -> Iterator[int]:
         channels = options.channels(width) // tensor
         # Both branches, u, two gates, h, gelu and the product.
         yield 8 * tokens * channels * element + (4 * channels if element < 4 else 0)
-        yield _carry_parts(load, channels * wide, channels * wide)
+        yield channels * wide * divided
         yield _halo_rows(load, options.conv_taps - 1) * channels * element
     elif isinstance(options, ShortConvConfig):
         channels = options.channels(width) // tensor
@@ -110,10 +124,10 @@ def _mixer_parts(load: Load, options: MixerConfig) -> Iterator[int]:
         yield _halo_rows(load, options.taps - 1) * channels * element
     elif isinstance(options, TaylorAttentionConfig):
         heads, terms = options.query_heads(width) // tensor, taylor_terms(options.feature_dim)
-        # q, k, v and y; the document of each token, once for each reading of the keys, and its inverse sum of weights.
+        # q, k, v and y; the document of each token and its inverse sum of weights; the state that entered.
         yield tokens * heads * 2 * (options.feature_dim + options.head_dim) * element
-        yield 4 * tokens * (1 + divided + heads * options.normalize)
-        yield _carry_parts(load, heads * terms * (options.head_dim + options.normalize) * wide, wide)
+        yield 4 * tokens * (1 + heads * options.normalize)
+        yield heads * terms * (options.head_dim + options.normalize) * wide * divided
     elif isinstance(options, AttentionConfig):
         yield from _attention_parts(load, options)
     else:
@@ -145,13 +159,11 @@ def _linearized_parts(load: Load, options: LinearizedAttentionConfig) -> Iterato
     yield tokens * (heads + key_heads) * features * element
     # The global branch, the values repeated for their queries, the sum of all branches; k and v without their halo.
     yield (3 * heads + 2 * key_heads * divided) * tokens * width * element
-    # The starts of groups; for each reading of the keys documents and groups; the inverse sums.
-    yield 4 * tokens * (3 + 2 * divided + heads * options.normalize)
+    # The starts of groups; documents and groups; the inverse sums.
+    yield 4 * tokens * (3 + heads * options.normalize)
     yield heads * element
-    slots = 2 * key_heads * 4 * load.micro_rows
-    sums = slots * features * (width + options.normalize)
+    sums = 2 * key_heads * 4 * load.micro_rows * features * (width + options.normalize)
     yield sums * _cuts(load.piece, load.micro_rows * heads, width)
-    yield _carry_parts(load, sums, slots) - slots * divided + 8 * load.micro_rows * divided
     yield _halo_rows(load, options.conv_taps - 1) * heads * width * element
 
 
@@ -160,12 +172,6 @@ def _cuts(piece: int, rows: int, width: int) -> int:
     programs, units = rows * -(-width // 64), -(-piece // 128)
     pieces = 1 if programs >= 128 else min(units, -(-396 // programs))
     return -(-units // -(-units // pieces))
-
-
-def _carry_parts(load: Load, state: int, transition: int) -> int:
-    """Under context parallelism: the state that entered, this piece's transition and those of all."""
-    context = load.dims.context
-    return state + transition * (context + 1) if context > 1 else 0
 
 
 def _halo_rows(load: Load, entries: int | None) -> int:

@@ -9,8 +9,9 @@ from dataclasses import dataclass, fields
 
 from ...kernels.cross_entropy.chunks import chunk_rows
 from ...models.config import ModelConfig
-from ...models.mixer_config import AttentionConfig, MixerConfig, RGLRUConfig, ShortConvConfig
-from .activations import activation_bytes, block_bytes, kept_by_block
+from ...models.mixer_config import AttentionConfig, HeadsConfig, MixerConfig, RGLRUConfig, ShortConvConfig
+from ...models.tiles import TILE
+from .activations import activation_bytes, block_input_bytes, head_bytes, host_bytes, mixed_bytes
 from .load import Load
 
 # Multiprocessors of an H100: they decide how many rows of logits the loss makes at a time.
@@ -40,6 +41,7 @@ class Memory:
 def memory(load: Load, stage: int = 0) -> Memory:
     """What a rank of a pipeline stage holds; the first tensor rank's, which has the most."""
     states = _states(load, stage)
+    states["host"] += host_bytes(load, stage)
     name, temporary = max(temporaries(load, stage).items(), key=lambda entry: entry[1])
     return Memory(**states, activations=activation_bytes(load, stage), temporary=temporary, temporary_name=name)
 
@@ -90,15 +92,14 @@ def _states(load: Load, stage: int) -> dict[str, int]:
 def temporaries(load: Load, stage: int = 0) -> dict[str, int]:
     """The bytes of what lives for a moment beside all activations, by its name.
 
-    A block that is computed again lives with its gradients; the loss runs before any block's backward pass.
+    The loss runs before any block's backward pass, and what it kept is gone by then.
     """
     model, element, tokens = load.model, load.element, load.tokens
-    width, hidden = model.width, model.mlp.hidden_size(model.width) // load.dims.tensor
-    # The product's gradient, the block's two, and that of the normed input from each of its readers.
-    gradients = tokens * (hidden + 4 * width) * element
-    again = max(block_bytes(load, name) - kept_by_block(load, name) for name in load.stage_mixers(stage))
-    found = {"a block computed again" if again else "an MLP's gradients": again + gradients}
-    if stage == load.dims.pipeline - 1:
+    width, last = model.width, stage == load.dims.pipeline - 1
+    name = "an MLP's gradients" if load.checkpointing == "none" else "a block computed again"
+    backward = max(_block_backward(load, mixer) for mixer in load.stage_mixers(stage))
+    found = {name: max(0, backward - last * head_bytes(load))}
+    if last:
         vocabulary = -(-model.vocab_size // load.dims.tensor)
         rows = min(tokens, chunk_rows(tokens, width, PROCESSORS))
         logits = rows * vocabulary * element
@@ -111,6 +112,46 @@ def temporaries(load: Load, stage: int = 0) -> dict[str, int]:
         live = min(stage_params(load, stage), MOST_LIVE) * element
         found = {f"{name}, parameters gathered": size + live for name, size in found.items()}
     return found
+
+
+def _block_backward(load: Load, name: str) -> int:
+    """What a block's backward pass takes beside what the block kept: of that of its MLP or its mixer, the more.
+
+    The MLP's: the outputs' gradient and the inputs'; with nothing computed again also that of the product, or of the
+    normed input from each of its readers; else those of a tile. The mixer's: its output's gradient and three of its
+    inner width, as the gates', the scan's inputs' and the other branch's are. A mixer computed again is all there.
+    """
+    width, inner = load.tokens * load.model.width * load.element, _inner_bytes(load, name)
+    if load.checkpointing == "none":
+        hidden = load.tokens * load.model.mlp.hidden_size(load.model.width) // load.dims.tensor * load.element
+        return max(hidden + width, 4 * width, width + 3 * inner)
+    both = 2 * block_input_bytes(load) + _tile_bytes(load)
+    if load.checkpointing == "selective":
+        return max(both, width + 3 * inner)
+    # Of "full" the block's input is kept; of "offload" it was fetched, and the next is on its way.
+    fetched = 2 * block_input_bytes(load) if load.checkpointing == "offload" else 0
+    again = mixed_bytes(load, name) - block_input_bytes(load)
+    return again + fetched + max(block_input_bytes(load) + both, width + 3 * inner)
+
+
+def _inner_bytes(load: Load, name: str) -> int:
+    """What a mixer's output projection reads."""
+    options, width = load.model.mixer_config(name), load.model.width
+    if isinstance(options, RGLRUConfig | ShortConvConfig):
+        inner = options.channels(width)
+    else:
+        assert isinstance(options, HeadsConfig)
+        inner = options.query_heads(width) * options.head_dim
+    return load.tokens * inner // load.dims.tensor * load.element
+
+
+def _tile_bytes(load: Load) -> int:
+    """An MLP's tile and its gradients, the sums over tiles of those of the parameters, and one tile's."""
+    mlp, width = load.model.mlp, load.model.width
+    tokens = min(TILE, load.residual_tokens) * load.tokens // load.residual_tokens
+    hidden = mlp.hidden_size(width) // load.dims.tensor
+    of_tokens = tokens * (4 * hidden + 4 * width) * load.element
+    return of_tokens + (4 + load.element) * mlp.num_params(width) // load.dims.tensor
 
 
 def as_mapping(held: Memory) -> dict[str, int | str]:

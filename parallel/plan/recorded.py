@@ -14,7 +14,7 @@ from .simulate import simulate
 from .work import RATIOS, Ratio
 
 RATE_METRIC = "tokens per second"
-_AXES = ("data", "context", "tensor", "pipeline", "zero")
+_AXES = ("data", "context", "tensor", "pipeline", "zero", "sequence_parallel")
 _WORK = re.compile(
     r"(?P<preset>\S+) (?P<batches>\d+) x (?P<rows>\d+) x (?P<tokens>\d+) tokens (?P<checkpointing>\w+) (?P<axes>\S+=.*)"
 )
@@ -22,7 +22,7 @@ _WORK = re.compile(
 
 def work_name(preset: str, load: Load) -> str:
     """What a benchmark records as its work, so that `errors` can simulate it: `load_named` is the inverse."""
-    axes = " ".join(f"{axis}={getattr(load.dims, axis)}" for axis in _AXES)
+    axes = " ".join(f"{axis}={int(getattr(load.dims, axis))}" for axis in _AXES)
     return f"{preset} {load.micro_batches} x {load.micro_rows} x {load.seq_len} tokens {load.checkpointing} {axes}"
 
 

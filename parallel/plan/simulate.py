@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from ...errors import ConfigError
 from ...models.config import flops_per_token
 from ..dims import ParallelDims
+from .activations import block_input_bytes
 from .load import Load
 from .machine import Cluster
 from .memory import stage_params
@@ -31,6 +32,7 @@ from .work import (
 RECOMPUTED, TENSOR, CARRIES, HALOS = "recomputation", "tensor collectives", "context carries", "context halos"
 BUBBLE, TRANSFERS = "pipeline bubble", "pipeline transfers"
 GRADIENTS, GATHERED, UPDATE = "gradient reduction", "parameter gather", "optimizer"
+OFFLOADED = "checkpoints to the host and back"
 # Ranks above which states are gathered and folded inside nodes first; of one left rank a fold costs two small kernels.
 FLAT_RANKS, FOLD_KERNELS = 16, 2
 
@@ -108,13 +110,24 @@ def _micro_batch(
 ) -> dict[str, float]:
     """Seconds by term of a micro-batch, forward and backward, on a rank of a stage."""
     terms: dict[str, float] = {RECOMPUTED: 0.0}
-    again = {"none": (), "selective": ("mlp",), "full": ("mixer", "mlp")}[load.checkpointing]
+    again = {"none": (), "selective": ("mlp",)}.get(load.checkpointing, ("mixer", "mlp"))
     for name in load.stage_mixers(stage):
         for part, ops in (("mixer", mixer_ops(load, name)), ("mlp", mlp_ops(load))):
             _add(terms, ops, cluster, ratios, part in again)
     if stage == load.dims.pipeline - 1:
         _add(terms, loss_ops(load), cluster, ratios, False)
+    terms[OFFLOADED] = _offloaded(load, stage, cluster, terms)
     return terms | _exchanges(load, stage, cluster, len(again), by_node)
+
+
+def _offloaded(load: Load, stage: int, cluster: Cluster, terms: Mapping[str, float]) -> float:
+    """What copies of block inputs to host memory and back add: either way the time that the passes do not hide."""
+    if load.checkpointing != "offload":
+        return 0.0
+    copied = len(load.stage_mixers(stage)) * block_input_bytes(load) / cluster.host_link
+    # What is computed again is the forward pass.
+    forward = terms[RECOMPUTED]
+    return max(0.0, copied - forward) + max(0.0, copied - (sum(terms.values()) - forward))
 
 
 def _add(

@@ -5,14 +5,17 @@ from torch.nn.functional import cross_entropy
 
 from longscan.data.batch import IGNORED_LABEL, Batch
 from longscan.kernels.segments import Segments
+from longscan.models import tiles
 from longscan.models.config import config_from_mapping, load_preset
 from longscan.parallel import Engine, OptimizerOptions, ParallelDims, deepspeed_setup, make_model
 
 VOCABULARY, TOKENS, STEPS, RATE = 33, 24, 5, 1e-2
 # An eps that keeps AdamW from blowing the rounding of tiny gradients up to whole steps.
 OPTIONS = OptimizerOptions(clip=0.5, weight_decay=0.1, eps=1e-2)
-# So that stage 3 shards parameters of such small models, and keeps norms and biases whole.
-deepspeed_setup.KEPT_WHOLE = 100
+# So that stage 3 shards parameters of such small models, norms among them, and keeps small biases whole.
+deepspeed_setup.KEPT_WHOLE = 30
+# So that an MLP that is computed again has several tiles, of other lengths than its documents.
+tiles.TILE = 14
 
 # What is trained: preset and changes.
 FAMILIES = {
@@ -51,16 +54,17 @@ _LAYOUTS = {
     "tp4": ({"tensor": 4}, {}),
     "tp2-cp2": ({"tensor": 2, "context": 2}, {}),
     "tp2-sp-cp2": ({"tensor": 2, "context": 2, "sequence_parallel": True}, {}),
-    "tp2-sp-recomputed": ({"tensor": 2, "sequence_parallel": True}, {"activation_checkpoint": "full"}),
+    "tp2-sp-recomputed": ({"tensor": 2, "sequence_parallel": True}, {"activation_checkpoint": "offload"}),
     "dp2-cp2": ({"data": 2, "context": 2}, {}),
     "dp2-tp2": ({"data": 2, "tensor": 2}, {}),
     "cp2-zero1": ({"context": 2, "zero": 1}, {}),
-    "tp2-sp-zero1": ({"tensor": 2, "sequence_parallel": True, "zero": 1}, {}),
+    "tp2-sp-zero1": ({"tensor": 2, "sequence_parallel": True, "zero": 1}, {"activation_checkpoint": "selective"}),
     "tp2-cp2-zero1": ({"tensor": 2, "context": 2, "zero": 1}, {}),
     "pp2": ({"pipeline": 2}, {}),
     "pp2-interleaved": ({"pipeline": 2, "interleave": 2}, {}),
     "pp4": ({"pipeline": 4}, {}),
     "pp2-recomputed": ({"pipeline": 2}, {"activation_checkpoint": "full"}),
+    "pp2-interleaved-offload": ({"pipeline": 2, "interleave": 2}, {"activation_checkpoint": "offload"}),
     "pp2-cp2-selective": ({"pipeline": 2, "context": 2}, {"activation_checkpoint": "selective"}),
     "tp2-sp-selective": ({"tensor": 2, "sequence_parallel": True}, {"activation_checkpoint": "selective"}),
     "pp2-interleaved-dp2": ({"pipeline": 2, "interleave": 2, "data": 2}, {}),
@@ -82,10 +86,13 @@ _LAYOUTS = {
     "dp2-cp2-zero3": ({"data": 2, "context": 2, "zero": 3}, {}),
     "dp2-zero3-recomputed": ({"data": 2, "zero": 3}, {"activation_checkpoint": "full"}),
     "dp2-tp2-zero2": ({"data": 2, "tensor": 2, "zero": 2}, {}),
-    "dp2-tp2-sp-zero3": ({"data": 2, "tensor": 2, "sequence_parallel": True, "zero": 3}, {}),
+    "dp2-tp2-sp-zero3": (
+        {"data": 2, "tensor": 2, "sequence_parallel": True, "zero": 3},
+        {"activation_checkpoint": "full"},
+    ),
     "dp2-zero1-offloaded": ({"data": 2, "zero": 1, "offload_optimizer": True}, {}),
     "dp2-zero2-offloaded": ({"data": 2, "zero": 2, "offload_optimizer": True}, {}),
-    "cp2-zero3-offloaded": ({"context": 2, "zero": 3, "offload_optimizer": True}, {}),
+    "cp2-zero3-offloaded": ({"context": 2, "zero": 3, "offload_optimizer": True}, {"activation_checkpoint": "full"}),
 }
 
 LAYOUTS = {name: (ParallelDims(**{"zero": 0} | sizes), options) for name, (sizes, options) in _LAYOUTS.items()}

@@ -1,5 +1,6 @@
 """Bytes by formula against what autograd keeps of the real modules, on tensors that have shapes and no values."""
 
+import weakref
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -7,13 +8,15 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from longscan.kernels import Segments
 from longscan.kernels.cross_entropy import op as loss
-from longscan.models import LanguageModel, LocalBackend, fused
+from longscan.models import LanguageModel, LocalBackend, fused, offload
 from longscan.models.config import config_from_mapping, load_preset, num_params
 from longscan.models.positions import alibi_slopes
-from longscan.models.sequence import LocalContext
+from longscan.models.sequence import Entry, LocalContext
 from longscan.parallel import ParallelDims
 from longscan.parallel.plan import Load, memory
 from longscan.parallel.plan.activations import activation_bytes, batch_bytes, block_bytes, in_flight
@@ -33,11 +36,12 @@ class Norm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        return grads[0], None
+        x, scale, _ = ctx.saved_tensors
+        return torch.empty_like(x), torch.empty_like(scale)
 
 
 class Gated(torch.autograd.Function):
-    """Keeps what Liger's gated activations keep."""
+    """Keeps what Liger's gated activations keep, and writes the gradients over it."""
 
     @staticmethod
     def forward(ctx, gate, up):
@@ -46,7 +50,7 @@ class Gated(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        return grads[0], grads[0]
+        return ctx.saved_tensors
 
 
 class Divided(LocalBackend):
@@ -84,28 +88,16 @@ class Piece:
     def __init__(self, segments, size):
         self.segments, self.size = segments, size
 
-    def left_halo(self, name, x, n):
-        return x.new_zeros(x.shape[0], (self.size - 1) * x.shape[1] if n is None else n, *x.shape[2:])
+    def left_halo(self, name, x, n, alone=False):
+        return x, lambda: x.new_zeros(x.shape[0], (self.size - 1) * x.shape[1] if n is None else n, *x.shape[2:])
 
     def initial_state(self, name, summarize):
-        return Entering.apply(*summarize(), self.size)
+        with torch.no_grad():
+            state, _ = summarize()
+        return Entry(lambda: torch.empty_like(state), lambda gradient: gradient)
 
     def leave(self, name, state):
         pass
-
-
-class Entering(torch.autograd.Function):
-    """Keeps what collectives.entering_state keeps."""
-
-    @staticmethod
-    def forward(ctx, state, transition, size):
-        entering = torch.empty_like(state)
-        ctx.save_for_backward(entering, transition.new_empty(size, transition.numel()), transition)
-        return entering
-
-    @staticmethod
-    def backward(ctx, *grads):
-        return grads[0], None, None
 
 
 @pytest.fixture
@@ -189,18 +181,93 @@ def test_a_plain_mlp_keeps_what_the_formula_says(on_gpu, activation):
     assert sum(storage.nbytes() for storage in found.values()) == block_bytes(load, "rg_lru")
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full", "offload"])
 @pytest.mark.parametrize("preset", PRESETS)
-def test_the_model_keeps_what_the_formula_says(on_gpu, preset, checkpointing):
+def test_the_model_keeps_what_the_formula_says(on_gpu, monkeypatch, preset, checkpointing):
     load = load_of(preset, checkpointing=checkpointing)
     model, segments = build(load, activation_checkpoint=checkpointing), segments_of(load)
     tokens, labels = (torch.empty(ROWS, TOKENS, dtype=torch.int64) for _ in range(2))
+    if checkpointing == "offload":
+        sent_nowhere(monkeypatch)
     with kept(model.parameters()) as found:
         summed = model.cross_entropy(model.hidden(tokens, segments), labels)
     assert summed.shape == ()
     measured = sum(storage.nbytes() for storage in found.values())
     # Labels lie on the device whether autograd keeps them or not; what of the documents is kept depends on the mixers.
     assert 0 <= activation_bytes(load) - measured <= batch_bytes(load)
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of all storages that operators make, while they live, and the most there ever were."""
+
+    def __init__(self, without):
+        super().__init__()
+        self.sizes = {tensor.untyped_storage()._cdata: 0 for tensor in without}
+        self.now = self.most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, torch.Tensor) and (key := tensor.untyped_storage()._cdata) not in self.sizes:
+                self.sizes[key] = tensor.untyped_storage().nbytes()
+                self.now += self.sizes[key]
+                weakref.finalize(tensor.untyped_storage(), self.gone, key)
+        self.most = max(self.most, self.now)
+        return made
+
+    def gone(self, key):
+        self.now -= self.sizes.pop(key)
+
+
+def sent_nowhere(monkeypatch):
+    """Has tensors leave for a host whose memory nobody counts, and come back as new ones."""
+
+    class Nowhere(offload.HostStore):
+        def _send(self, x, before):
+            return offload._Sent(x.shape, {"dtype": x.dtype}, [x.shape], before)
+
+        def _fetch(self, sent):
+            sent.chunks = []
+            return torch.empty(sent.shape, **sent.options), None
+
+    monkeypatch.setattr(offload.HostStore, "_send", Nowhere._send)
+    monkeypatch.setattr(offload.HostStore, "_fetch", Nowhere._fetch)
+    monkeypatch.setattr(offload, "_goes", lambda x: True)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Arrived())
+
+
+class Arrived:
+    """A stream on which everything is there."""
+
+    def wait_event(self, event):
+        pass
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full", "offload"])
+@pytest.mark.parametrize(
+    "preset, layers, tokens",
+    [
+        pytest.param("griffin-1.3b", 4, 2**16, marks=pytest.mark.slow),
+        pytest.param("based-1.4b", 4, 2**16, marks=pytest.mark.slow),
+        ("llama-1.3b", 2, 2**16),
+    ],
+)
+def test_a_step_takes_what_the_plan_says(on_gpu, monkeypatch, preset, layers, tokens, checkpointing):
+    """The most bytes that live at once in forward and backward, parameters and what kernels use inside aside."""
+    load = load_of(preset, dims=ParallelDims(zero=0), seq_len=tokens, micro_rows=1, checkpointing=checkpointing)
+    load = replace(load, model=replace(load.model, layers=layers, vocab_size=32000))
+    model, segments = build(load, activation_checkpoint=checkpointing), segments_of(load)
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    inputs, labels = (torch.empty(1, tokens, dtype=torch.int64) for _ in range(2))
+    if checkpointing == "offload":
+        sent_nowhere(monkeypatch)
+    with Live(model.parameters()) as live:
+        model.cross_entropy(model.hidden(inputs, segments), labels).backward()
+    held = memory(load)
+    planned = held.activations + held.temporary
+    assert 0.98 * live.most <= planned <= 1.05 * live.most, (live.most / 2**30, planned / 2**30)
 
 
 @pytest.mark.parametrize("tensor", [1, 2])
@@ -250,7 +317,7 @@ def test_interleaving_keeps_more_in_flight_than_one_chunk():
 
 
 def test_recomputation_trades_what_is_kept_for_a_temporary():
-    loads = [load_of("griffin-tiny", checkpointing=mode) for mode in ("none", "selective", "full")]
+    loads = [load_of("griffin-tiny", checkpointing=mode) for mode in ("none", "selective", "full", "offload")]
     kept_bytes = [activation_bytes(load) for load in loads]
     assert kept_bytes == sorted(kept_bytes, reverse=True)
     assert "a block computed again" in temporaries(loads[2])

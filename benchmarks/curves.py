@@ -1,0 +1,146 @@
+"""Loss curves of small models under every axis, against those of one GPU under other orders of its micro-batches.
+
+Rounding alone makes curves differ: the band is three times the widest gap between five curves of one GPU whose
+micro-batches come in another order. A layout's curve lies within it around their mean.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from longscan.models.config import config_from_mapping, load_preset
+from longscan.parallel import Engine, OptimizerOptions, ParallelDims, make_model
+from longscan.parallel.plan import Load
+
+from . import record as recording
+from .ranks import Place
+from .steps import batch_of
+
+VOCABULARY, MICRO_BATCHES, RATE = 512, 4, 2e-3
+# The widest gap is taken so many times.
+BAND = 3
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Presets with the blocks that are kept of each, rows, steps, curves of one GPU, and the precision."""
+
+    families: dict[str, int]
+    rows: int
+    tokens: int
+    steps: int
+    orders: int
+    precision: str
+
+
+FULL = Scale(
+    {"griffin-small": 3, "hawk-small": 2, "based-small": 4, "alibi-small": 2, "linearized-small": 2},
+    rows=2,
+    tokens=512,
+    steps=50,
+    orders=5,
+    precision="bf16",
+)
+TINY = Scale({"griffin-tiny": 3}, rows=1, tokens=16, steps=3, orders=2, precision="fp32")
+
+
+def layouts(size: int) -> dict[str, ParallelDims]:
+    """Each axis alone over `size` ranks."""
+    return {
+        f"context={size}": ParallelDims(context=size, zero=0),
+        f"tensor={size}": ParallelDims(tensor=size, sequence_parallel=True, zero=0),
+        f"pipeline={size}": ParallelDims(pipeline=size, zero=0),
+        f"data={size} zero=1": ParallelDims(data=size, zero=1),
+    }
+
+
+def train_all(place: Place, scale: Scale) -> None:
+    """Trains every family under every layout, records how far curves lie apart, and saves them."""
+    found: dict[str, dict[str, list[list[float]]]] = {}
+    for family in scale.families:
+        mine = range(place.rank, scale.orders, place.size)
+        with place.alone():
+            curves = {order: curve(place, scale, load_of(scale, family, ParallelDims(zero=0)), order) for order in mine}
+        (place.folder / f"{family}-{place.rank}.json").write_text(json.dumps(list(curves.values())))
+        found[family] = {}
+        for layout, dims in layouts(place.size).items():
+            with place.together(f"{family} {layout}"):
+                found[family][layout] = [curve(place, scale, load_of(scale, family, dims))]
+                dist.barrier()
+        if place.rank == 0:
+            files = sorted(place.folder.glob(f"{family}-*.json"))
+            found[family]["one GPU"] = [c for file in files for c in json.loads(file.read_text())]
+            note(place, family, found[family])
+    if place.rank == 0:
+        save(place, found)
+
+
+def load_of(scale: Scale, family: str, dims: ParallelDims) -> Load:
+    """The first blocks of a family's preset, over a small vocabulary."""
+    changes = {"layers": scale.families[family], "vocab_size": VOCABULARY}
+    model = config_from_mapping({**load_preset(family), **changes})
+    return Load(model, dims, scale.tokens, scale.rows, MICRO_BATCHES, scale.precision)
+
+
+def curve(place: Place, scale: Scale, load: Load, order: int = 0) -> list[float]:
+    """The mean loss of each step, its micro-batches taken in an order of their own."""
+    model = make_model(load.model, load.dims)
+    model.init_weights(0)
+    engine = Engine(model, load.dims, OptimizerOptions(), load.precision, place.device)
+    replica = place.rank // load.dims.replica_size if load.dims.data > 1 else 0
+    losses, total = [], MICRO_BATCHES * scale.rows * scale.tokens
+    for step in range(scale.steps):
+        batches = [batch_of(load, tokens) for tokens in tokens_of(scale.rows, scale.tokens + 1, step)]
+        random.Random(order * scale.steps + step).shuffle(batches)
+        loss = engine.forward_backward(batches[replica :: load.dims.data], total)
+        losses.append(engine.sum(loss)[0] / total)
+        engine.update(RATE * min(1.0, (step + 1) / 10))
+    engine.close()
+    return losses
+
+
+@functools.cache
+def tokens_of(rows: int, length: int, step: int) -> list[Tensor]:
+    """The tokens [rows, length] of a step's micro-batches: four of five follow from the one before, by a fixed rule."""
+    follower = torch.randperm(VOCABULARY, generator=torch.Generator().manual_seed(0))
+    found = []
+    for index in range(MICRO_BATCHES):
+        generator = torch.Generator().manual_seed(1 + step * MICRO_BATCHES + index)
+        tokens = torch.randint(VOCABULARY, (rows, length), generator=generator)
+        free = torch.rand(rows, length, generator=generator) < 0.2
+        for place in range(1, length):
+            tokens[:, place] = torch.where(free[:, place], tokens[:, place], follower[tokens[:, place - 1]])
+        found.append(tokens)
+    return found
+
+
+def note(place: Place, family: str, curves: dict[str, list[list[float]]]) -> None:
+    """Records the farthest that each layout's curve lies from the mean of one GPU's, and the band."""
+    alone = torch.tensor(curves["one GPU"], dtype=torch.float64)
+    band = BAND * (alone.amax(0) - alone.amin(0)).max().item()
+    work = f"{family}, {alone.shape[1]} steps of {MICRO_BATCHES} micro-batches"
+    place.note(work, "last loss, one GPU", alone[:, -1].mean().item(), "nats")
+    for layout in layouts(place.size):
+        found = torch.tensor(curves[layout], dtype=torch.float64)
+        apart = (found - alone.mean(0)).abs().max().item()
+        place.note(work, f"farthest from one GPU's losses, {layout}", apart, "nats", band)
+
+
+def save(place: Place, found: dict[str, dict[str, list[list[float]]]]) -> None:
+    """Writes the curves beside the results."""
+    device = (
+        torch.cuda.get_device_name().replace("NVIDIA", "").split()[0].lower() if place.device.type == "cuda" else "cpu"
+    )
+    rounded = {
+        family: {layout: [[round(loss, 5) for loss in losses] for losses in curves] for layout, curves in runs.items()}
+        for family, runs in found.items()
+    }
+    Path(recording.RESULTS, f"curves-{device}.json").write_text(json.dumps(rounded) + "\n")

@@ -1,0 +1,181 @@
+"""The benchmark of several GPUs: every work on tiny shapes over gloo, the search for the longest row, the processes."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from longscan.benchmarks import longest, parallel, report, stacks, steps
+from longscan.benchmarks.longest import longer
+from longscan.benchmarks.ranks import OUT_OF_MEMORY, run_ranks
+from longscan.parallel import ParallelDims
+from longscan.parallel.plan import load_named, work_name
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "parallel"))
+
+from distributed import run_distributed  # noqa: E402
+
+PRELOAD, ENV = ["longscan.parallel.tensor", "deepspeed", "longscan.benchmarks.parallel"], {"DS_ACCELERATOR": "cpu"}
+TWO = "context=2"
+
+
+def run_works(folder):
+    """Every work as one of two ranks, on the CPU."""
+    import os
+
+    from longscan.benchmarks import parallel, ranks
+
+    ranks.WARM, ranks.REPEAT = 0, 1
+    rank = os.environ["RANK"]
+    for work in parallel.NAMES:
+        place = Path(folder, work)
+        place.mkdir(exist_ok=True)
+        sys.argv = ["parallel", work, "--tiny", f"--results={folder}", f"--place={rank}:2:{place}", "--budget=0.5"]
+        sys.argv += ["--modes=full"]
+        parallel.main()
+
+
+@pytest.fixture(scope="module")
+def figures(tmp_path_factory):
+    """(work, metric) -> value of all works, and the folder of the results."""
+    folder = tmp_path_factory.mktemp("results")
+    run_distributed(run_works, 2, folder, join=False, timeout=280, preload=PRELOAD, env=ENV)
+    lines = [json.loads(line) for file in folder.glob("*.jsonl") for line in file.read_text().splitlines()]
+    return {(line["work"], line["metric"]): line["value"] for line in lines if line["impl"] == "longscan"}, folder
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_every_work_records_its_figures(figures):
+    found, folder = figures
+    stack = "griffin-tiny blocks 0 to 2, 1 x 64 tokens"
+    one, many, gain = (found[stack, m] for m in ("fwd+bwd, one GPU", f"fwd+bwd, {TWO}", f"speed-up, {TWO}"))
+    assert gain == pytest.approx(one / many, rel=1e-4)
+    assert ("based-tiny blocks 0 to 2, 1 x 128 tokens, recompute selective", f"speed-up, {TWO}") in found
+    assert (stack, f"exchanges not hidden, {TWO}") in found
+    assert ("griffin-tiny blocks 0 to 2, 2 x 64 tokens", "speed-up, tensor=2") in found
+    for name in ("data=2 zero=1", "context=2 zero=1", "tensor=2 zero=0"):
+        assert sum(metric == f"speed-up, {name}" for _, metric in found) == 1
+    rows = [value for (_, metric), value in found.items() if metric == "tokens, 2 GPUs"]
+    assert rows
+    assert rows[-1] >= 4 * 2 * longest.TINY.granule
+    (curves,) = json.loads((folder / "curves-cpu.json").read_text()).values()
+    assert {name: len(runs) for name, runs in curves.items()} == {
+        "one GPU": 2,
+        TWO: 1,
+        "tensor=2": 1,
+        "pipeline=2": 1,
+        "data=2 zero=1": 1,
+    }
+    assert all(len(losses) == 3 for runs in curves.values() for losses in runs)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_what_a_block_receives_does_not_grow_with_the_row(figures):
+    found, _ = figures
+    for kind, way in (("states", "forward"), ("states", "backward"), ("halos", "forward"), ("halos", "backward")):
+        short, long = (
+            found[f"griffin-tiny block 0 (rg_lru), 1 x {tokens} tokens", f"{kind} received {way}, {TWO}"]
+            for tokens in (64, 128)
+        )
+        # 48 channels: at least one fp32 number of each.
+        assert 4 * 48 <= short == long
+    assert (
+        "based-tiny block 1 (taylor_attention), 1 x 64 tokens",
+        f"states received backward, {TWO}",
+    ) in found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_simulator_knows_the_recorded_steps(figures):
+    found, _ = figures
+    loads = [load_named(work) for work, metric in found if metric == "tokens per second"]
+    assert all(loads)
+    layouts = {(load.dims.data, load.dims.context, load.dims.tensor, load.dims.zero) for load in loads}
+    assert layouts == {(1, 1, 1, 0), (2, 1, 1, 1), (1, 2, 1, 1), (1, 1, 2, 0)}
+    assert [load.dims.sequence_parallel for load in loads if load.dims.tensor == 2] == [True]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_page_shows_them(figures, monkeypatch):
+    from longscan.benchmarks import figures as recorded
+
+    monkeypatch.setattr(recorded, "RESULTS", figures[1])
+    assert f"| griffin-tiny blocks 0 to 2, 1 x 64 tokens | longscan | speed-up, {TWO} |" in report.page()
+
+
+def test_a_work_with_sequence_parallel_is_found_by_its_name():
+    load = steps.load_of("griffin-tiny", ParallelDims(tensor=2, sequence_parallel=True, zero=0), 64, 2, 3, "selective")
+    found = load_named(work_name("griffin-tiny", load), steps.VOCABULARY)
+    assert found == load
+    assert found.dims.sequence_parallel == 1
+
+
+def test_rows_grow_to_what_memory_seems_to_reach():
+    def peak(tokens):
+        return 20.0 + tokens / 10
+
+    # Rows of 600 fit; a leap is at most fourfold.
+    assert longer([(20, peak(20)), (40, peak(40))], 80.0, 10) == 160
+    assert longer([(40, peak(40)), (160, peak(160))], 80.0, 10) == 570
+    assert longer([(160, peak(160)), (570, peak(570))], 80.0, 10) == 580
+    # Where rows cost nothing yet, one granule.
+    assert longer([(20, 5.0), (40, 5.0)], 80.0, 10) == 50
+
+
+@pytest.mark.parametrize(
+    ("ends", "ended", "starts"),
+    [
+        ([(0, None)], True, [0]),
+        ([(1, None)], False, [0]),
+        ([(OUT_OF_MEMORY, [580, 570, 10])], True, [0]),
+        ([(OUT_OF_MEMORY, [570, 160, 10]), (OUT_OF_MEMORY, [190, 180, 10])], True, [0, 170]),
+    ],
+)
+def test_a_search_goes_on_where_a_leap_was_too_far(monkeypatch, ends, ended, starts):
+    seen, left = [], list(ends)
+
+    def run(module, arguments, folder, gpus, patience):
+        seen.append(int(next(a for a in arguments if a.startswith("--start")).partition("=")[2]))
+        code, failed = left.pop(0)
+        if failed:
+            (folder / longest.FAILED).write_text(json.dumps(failed))
+        return code
+
+    monkeypatch.setattr(longest, "run_ranks", run)
+    options = argparse.Namespace(start=0, cap_gib=1.0, budget=1.0, patience=1.0, modes=["full"], counts=[1])
+    assert longest.search("module", [], ["0", "1"], options) is ended
+    assert seen == starts
+
+
+def test_a_work_that_fails_does_not_take_the_others_with_it(monkeypatch, tmp_path, capsys):
+    seen = []
+    monkeypatch.setattr(
+        parallel, "run_ranks", lambda module, arguments, *_: seen.append(arguments[0]) or seen == ["cp"]
+    )
+    monkeypatch.setattr(sys, "argv", ["parallel", "cp", "tp", "zero", "--tiny", f"--results={tmp_path}"])
+    with pytest.raises(SystemExit, match="failed: cp"):
+        parallel.main()
+    assert seen == ["cp", "tp", "zero"]
+    assert "tp: done" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("body", "patience", "code"),
+    [("sys.exit(3 if rank == '1' else 0)", 60.0, 3), ("rank == '1' and sys.exit(3); time.sleep(60)", 60.0, 3),
+     ("time.sleep(60)", 0.5, -1), ("pass", 60.0, 0)],
+)  # fmt: skip
+def test_a_rank_that_fails_ends_all(monkeypatch, tmp_path, body, patience, code):
+    (tmp_path / "ranked.py").write_text(f"import sys, time\nrank = sys.argv[-1].split(':')[0]\n{body}\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert run_ranks("ranked", [], tmp_path, [], patience) == code
+
+
+def test_shapes_are_named_for_people():
+    assert stacks.Shape("griffin-1.3b", range(6), 1, 32768).name == "griffin-1.3b blocks 0 to 5, 1 x 32768 tokens"
+    assert parallel.kinds_of("based-1.4b") == [0, 1, 2]
