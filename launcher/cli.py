@@ -81,7 +81,8 @@ def prepare(
         list[str],
         typer.Argument(
             metavar="SOURCE...",
-            help="python-stdlib, a text file, a folder, a glob, .jsonl, .jsonl.gz or .parquet files.",
+            help="python-stdlib, a text file, a folder, a glob, .jsonl, .jsonl.gz or .parquet files, an MDS folder, or "
+            "Megatron's .bin with .idx.",
         ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="CORPUS", help="Folder to write the corpus into.")],
@@ -89,7 +90,9 @@ def prepare(
     train_bpe: Annotated[
         int | None, typer.Option("--train-bpe", metavar="N", help="Train a byte-level BPE of N tokens on the sources.")
     ] = None,
-    field: Annotated[str, typer.Option(help="Field (.jsonl) or column (.parquet) that holds the text.")] = "text",
+    field: Annotated[
+        str, typer.Option(help="Field (.jsonl) or column (.parquet, MDS) that holds the text; in MDS perhaps ids.")
+    ] = "text",
     pattern: Annotated[str, typer.Option(help="Which files of a folder to take.")] = "**/*",
     heldout: Annotated[float, typer.Option(help="Share of the files kept out of training, for evaluation.")] = 0.02,
     workers: Annotated[int | None, typer.Option(help="Processes; one a core by default.")] = None,
@@ -106,6 +109,7 @@ def prepare(
     ```sh
     longscan prepare python-stdlib -o corpus
     longscan prepare ~/books 'news/*.jsonl.gz' --field body -o corpus --train-bpe 32000
+    longscan prepare pile_text_document --tokenizer gpt-neox/tokenizer.json -o corpus
     ```
     """
     from .preparing import prepare_with_progress
@@ -346,6 +350,44 @@ def convert(
     from .converting import convert as convert_model
 
     _print(convert_model(source, target, to, dtype, tokenizer), as_json)
+
+
+@app.command(no_args_is_help=True)
+def linearize(
+    source: Annotated[
+        Path, typer.Argument(metavar="SOURCE", help="A Llama's folder (safetensors), or a run folder of a transformer.")
+    ],
+    overrides: Overrides = None,
+    run: Annotated[Path | None, typer.Option(help="Run folder; runs/NAME-linearized by default.")] = None,
+    config: Annotated[
+        str, typer.Option(metavar="CONFIG", help="Stages and all else but the model: a preset or a YAML file.")
+    ] = "linearize",
+    tokenizer: Annotated[
+        str | None, typer.Option(help="bytes or a tokenizer.json, for a source that holds none.")
+    ] = None,
+    stop_at: Annotated[
+        int | None, typer.Option(metavar="STEP", min=1, help="Save and leave after this step; resume later.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train the linearized twin of a Llama: its attention, then adapters, then all of it on longer rows.
+
+    The same command again resumes it. The model as it came is kept in RUN-teacher and measured beside the twin, which
+    ends in RUN-merged, ready for generate, eval and train --init-from.
+
+    ```sh
+    longscan prepare ~/books -o corpus --tokenizer llama-7b/tokenizer.json
+    longscan linearize llama-7b data.corpora=corpus --run runs/twin
+    longscan linearize llama-7b data.corpora=corpus model.linearized_attention.group=128 stages.0.tokens=40M
+    ```
+    """
+    from .linearizing import linearize as linearize_model
+
+    folder = run or Path("runs") / f"{source.resolve().name}-linearized"
+    found = linearize_model(source, folder, config, overrides or (), tokenizer, stop_at)
+    _print(found, as_json)
+    hint = "" if found.status == "finished" else "; the same command resumes it"
+    _note(f"{found.status}: {folder}{hint}")
 
 
 @app.command("config")

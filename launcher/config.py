@@ -12,7 +12,7 @@ import difflib
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ..errors import ConfigError
-from ..models.config import ModelConfig
+from ..models.config import ModelConfig, with_positions
 from .schema import Key, fit, keys_of, option
 
 PRESETS = Path(__file__).parent / "presets"
@@ -61,6 +61,18 @@ class StageConfig:
     micro_rows: int = option(0, "rows of a micro-batch in this stage (0: batch.micro_rows)", at_least=0)
     packing: str = option("", "overrides data.packing (empty: as there)", choices=("", "concat", "best_fit"))
     weights: list[float] = option([], "overrides the corpora's weights, one a corpus (empty: as there)")
+    rope_base: float = option(0.0, "base of the rotary frequencies in this stage (0: the model's)", at_least=0)
+    alibi_scale: float = option(0.0, "factor on ALiBi's slopes in this stage (0: the model's)", at_least=0)
+    objective: str = option(
+        "language_modelling",
+        "what is learned: the next token, or to attend as softmax attention would with the same projections",
+        choices=("language_modelling", "attention_transfer"),
+    )
+    trains: str = option(
+        "all",
+        "what changes: all but adapters, what linearized attention adds to softmax attention, or adapters (model.lora)",
+        choices=("all", "mixers", "lora"),
+    )
 
 
 @dataclass
@@ -149,9 +161,11 @@ class RunConfig:
     implementation: str = option("auto", "kernels", choices=("auto", "reference", "triton"))
     activation_checkpoint: str = option(
         "none",
-        "what a block computes again in the backward pass: nothing, its MLP (selective) or all of it",
-        choices=("none", "selective", "full"),
+        "what a block computes again in the backward pass: nothing, its MLP (selective) or all of it, its input kept in"
+        " GPU (full) or host memory (offload)",
+        choices=("none", "selective", "full", "offload"),
     )
+    compile: bool = option(False, "torch.compile of the blocks; the first steps of each row length wait for it")
     timeout_seconds: float = option(300.0, "how long a worker waits for the others before it gives up", above=0)
     max_loss_ratio: float = option(3.0, "stop when the loss is this many times its recent mean (0: off)", at_least=0)
 
@@ -276,6 +290,20 @@ def with_vocabulary(config: Config, tokenizer_vocab: int) -> Config:
         )
     size = wanted or math.ceil(tokenizer_vocab / 64) * 64
     return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
+
+
+def stage_model(config: Config, number: int) -> ModelConfig:
+    """The model as stage `number` trains it: with that stage's RoPE base and ALiBi scale."""
+    stage = config.stages[number]
+    return with_positions(config.model, stage.rope_base, stage.alibi_scale)
+
+
+def checkpoint_config(meta: Mapping[str, Any]) -> Config:
+    """The configuration that a checkpoint's `meta` holds, its model as the stage it was taken in trains it."""
+    config = from_mapping(meta["config"])
+    if "cursor" not in meta:  # converted weights: no stage has trained them
+        return config
+    return dataclasses.replace(config, model=stage_model(config, meta["cursor"]["stage"]))
 
 
 def _known_presets() -> str:

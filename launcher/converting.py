@@ -28,13 +28,14 @@ from ..durable import sync, sync_folder
 from ..errors import ConfigError, UserError
 from ..models import ModelConfig, num_params
 from ..models import convert as published
+from ..models.config import LoRAConfig
 from ..models.convert.files import DTYPES
 from ..parallel import checkpoint as checkpoints
 from ..parallel.checkpoint.boxes import Box
 from ..parallel.checkpoint.load import check_fit
 from ..parallel.checkpoint.manifest import MANIFEST, Chunk, DataFile, Manifest, write_manifest
 from ..parallel.checkpoint.storage import MappedFiles, narrow
-from .config import Config, from_mapping, to_yaml
+from .config import Config, checkpoint_config, to_yaml
 from .run_folder import RunFolder
 from .trained import find_checkpoint
 
@@ -171,7 +172,8 @@ class Importing:
             folder = RunFolder(path)
             checkpoint = checkpoints.step_folder(folder.checkpoints, 0)
             checkpoint.mkdir(parents=True)
-            manifest = self._write_checkpoint(checkpoint, meta, shard_bytes)
+            shapes = {name: shape for link in self.links for name, shape in zip(link.ours, link.shapes, strict=True)}
+            manifest = write_checkpoint(checkpoint, shapes, self._tensors(), meta, shard_bytes)
             published.write_text(folder.path / "config.yaml", to_yaml(config))
             save_tokenizer(self.tokenizer, folder.tokenizer)
             carry_files(self.source, path / CARRIED_FOLDER)
@@ -184,23 +186,6 @@ class Importing:
 
     def _entry(self, link: published.Link) -> published.Entry:
         return self.weights.entries[self.stored[link.theirs]]
-
-    def _write_checkpoint(self, folder: Path, meta: dict[str, Any], shard_bytes: int) -> Manifest:
-        shapes = {name: shape for link in self.links for name, shape in zip(link.ours, link.shapes, strict=True)}
-        entries = [published.Entry(f"weight/{name}", "F32", shape) for name, shape in shapes.items()]
-        tensors, files = self._tensors(), []
-        for number, held in enumerate(published.shards(entries, shard_bytes)):
-            path = folder / f"rank-{number:05d}.safetensors"
-            written = published.write_file(path, held, (next(tensors) for _ in held))
-            chunks = (
-                Chunk(entry.name, Box((0,) * len(entry.shape), entry.shape), begin)
-                for entry, begin in zip(held, written.begins, strict=True)
-            )
-            files.append(DataFile(path.name, written.bytes, written.checksum, tuple(chunks)))
-        manifest = Manifest(0, 0, {entry.name: (entry.shape, "F32") for entry in entries}, tuple(files), meta)
-        manifest.check_cover()
-        write_manifest(manifest, folder)
-        return manifest
 
     def _tensors(self) -> Iterator[Tensor]:
         """The parameters in fp32, in the order of the links; notes those that would not come back as they were."""
@@ -242,11 +227,11 @@ class Exporting:
         self.files = MappedFiles(self.checkpoint)
         carried = self.folder.path / CARRIED_FOLDER
         self.originals = published.Weights(carried) if (carried / published.SINGLE).exists() else None
-        self.model = from_mapping(self.manifest.meta["config"]).model
+        trained = checkpoint_config(self.manifest.meta).model
+        self.lora, self.model = trained.lora, replace(trained, lora=LoRAConfig())
         self.family = published.family_of(self.model)
         self.links = self.family.links(self.model)
-        shapes = {name: shape for link in self.links for name, shape in zip(link.ours, link.shapes, strict=True)}
-        check_fit(self.checkpoint, self.manifest, shapes)
+        check_fit(self.checkpoint, self.manifest, published.parameter_shapes(trained))
         self.tokenizer = open_tokenizer(self.folder.tokenizer)
         check_vocabulary(self.tokenizer, self.model, self.folder.path)
         came_in = self.manifest.meta.get("converted", {})
@@ -272,7 +257,7 @@ class Exporting:
 
     def _tensor(self, link: published.Link) -> Tensor:
         """The tensor in its dtype; counts those that would not come back as they were."""
-        ours = [whole_tensor(self.manifest, self.files, f"weight/{name}") for name in link.ours]
+        ours = [merged_tensor(self.manifest, self.files, f"weight/{name}", self.lora) for name in link.ours]
         dtype = DTYPES[self.dtypes[link.theirs]]
         if self.originals and link.theirs in self.originals.entries:
             original = self.originals.read(link.theirs)
@@ -323,6 +308,26 @@ class Exporting:
         return published.model_card(target.name, "transformers", self.family, self.model, origin, loading, notes)
 
 
+def write_checkpoint(
+    folder: Path, shapes: dict[str, tuple[int, ...]], tensors: Iterator[Tensor], meta: dict[str, Any], shard_bytes: int
+) -> Manifest:
+    """Writes weights alone, the fp32 `tensors` in the order of `shapes`, as the checkpoint of step `meta["step"]`."""
+    entries = [published.Entry(f"weight/{name}", "F32", shape) for name, shape in shapes.items()]
+    files = []
+    for number, held in enumerate(published.shards(entries, shard_bytes)):
+        path = folder / f"rank-{number:05d}.safetensors"
+        written = published.write_file(path, held, (next(tensors) for _ in held))
+        chunks = (
+            Chunk(entry.name, Box((0,) * len(entry.shape), entry.shape), begin)
+            for entry, begin in zip(held, written.begins, strict=True)
+        )
+        files.append(DataFile(path.name, written.bytes, written.checksum, tuple(chunks)))
+    manifest = Manifest(meta["step"], 0, {entry.name: (entry.shape, "F32") for entry in entries}, tuple(files), meta)
+    manifest.check_cover()
+    write_manifest(manifest, folder)
+    return manifest
+
+
 def whole_tensor(manifest: Manifest, files: MappedFiles, name: str) -> Tensor:
     """A logical tensor in fp32, put together from the boxes that ranks wrote."""
     shape, dtype = manifest.tensors[name]
@@ -330,6 +335,15 @@ def whole_tensor(manifest: Manifest, files: MappedFiles, name: str) -> Tensor:
     for file, chunk in manifest.chunks(name):
         narrow(whole, chunk.box.offsets, chunk.box.sizes).copy_(files.tensor(file, chunk, DTYPES[dtype]))
     return whole
+
+
+def merged_tensor(manifest: Manifest, files: MappedFiles, name: str, lora: LoRAConfig) -> Tensor:
+    """`whole_tensor`, with its adapter added if it has one."""
+    weight, adapter = whole_tensor(manifest, files, name), name.removesuffix("weight") + "adapter."
+    if f"{adapter}down" in manifest.tensors:
+        up, down = (whole_tensor(manifest, files, adapter + part) for part in ("up", "down"))
+        weight += up @ down * (lora.alpha / lora.rank)
+    return weight
 
 
 def source_tokenizer(source: Path, said: dict[str, Any], name: str | None) -> Tokenizer:

@@ -17,7 +17,7 @@ from ..errors import ConfigError, UserError
 from ..models import LanguageModel
 from ..models import generate as generate_tokens
 from ..parallel import checkpoint as checkpoints
-from .config import Config, from_mapping
+from .config import Config, checkpoint_config
 from .run_folder import RunFolder
 from .training.process import choose_device
 
@@ -84,7 +84,7 @@ def open_trained(path: Path, device: str = "auto") -> TrainedModel:
     """
     folder, chosen = find_checkpoint(Path(path))
     meta = checkpoints.read_manifest(chosen).meta
-    config = from_mapping(meta["config"])
+    config = checkpoint_config(meta)
     tokenizer = open_tokenizer(folder.tokenizer)
     if tokenizer.info.fingerprint != meta["tokenizer"]:
         raise ConfigError(

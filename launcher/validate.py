@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
@@ -168,6 +169,38 @@ def _stage_problems(config: Config, index: int, stage: StageConfig) -> Iterator[
         yield f"{name}.weights holds {len(stage.weights)} numbers for {len(config.data.corpora)} corpora"
     if stage.weights and (min(stage.weights) < 0 or max(stage.weights) <= 0):
         yield f"{name}.weights is {stage.weights}; no weight may be negative and one must be above 0"
+    yield from _position_problems(name, stage, config)
+    yield from _objective_problems(index, stage, config)
+
+
+def _position_problems(name: str, stage: StageConfig, config: Config) -> Iterator[str]:
+    told, pattern = models.told_positions(config.model), ", ".join(config.model.pattern)
+    if stage.rope_base and "rope" not in told:
+        yield f"{name}.rope_base is {stage.rope_base:g}, but nothing in model.pattern ({pattern}) rotates; leave it out"
+    elif 0 < stage.rope_base <= 1:
+        yield f"{name}.rope_base is {stage.rope_base:g}; it must be above 1, or 0 for the model's"
+    if stage.alibi_scale and "alibi" not in told:
+        yield f"{name}.alibi_scale is {stage.alibi_scale:g}, but model.pattern ({pattern}) has no ALiBi; leave it out"
+
+
+def _objective_problems(index: int, stage: StageConfig, config: Config) -> Iterator[str]:
+    name, model = f"stages.{index}", config.model
+    if stage.trains == "lora" and not model.lora.rank:
+        yield f"{name}.trains is lora, but model.lora.rank is 0; set it, say to 8"
+    if stage.trains == "mixers" and set(model.mixers) != {"linearized_attention"}:
+        yield f"{name}.trains is mixers, which needs model.pattern=[linearized_attention], not {model.pattern}"
+    if stage.objective != "attention_transfer":
+        return
+    if stage.trains != "mixers":
+        yield f"{name}.objective is attention_transfer, which needs {name}.trains=mixers, not {stage.trains}"
+    if any(earlier.objective != stage.objective for earlier in config.stages[:index]):
+        yield f"{name}.objective is attention_transfer after another; it matches weights that are still the teacher's"
+    if config.parallel.pipeline > 1:
+        yield (
+            f"{name}.objective is attention_transfer, for which the loss is made in every layer, and "
+            f"parallel.pipeline is {config.parallel.pipeline}; train it with parallel.pipeline=1, then the later "
+            "stages as a run of their own with --init-from"
+        )
 
 
 def _optimizer_problems(config: Config) -> Iterator[str]:
@@ -224,6 +257,14 @@ def _run_problems(config: Config) -> Iterator[str]:
         yield f"logging.wandb is {config.logging.wandb} and wandb is not installed: pip install 'longscan[wandb]'"
     if config.run.implementation == "triton" and config.run.device == "cpu":
         yield "run.implementation is triton and run.device is cpu; Triton needs a GPU, take auto or reference"
+    if config.run.compile and config.parallel.zero == 3:
+        yield (
+            "run.compile is true and parallel.zero is 3, which changes the parameters' shapes from hooks that no graph "
+            "can hold; set run.compile=false or parallel.zero=2"
+        )
+    compiler = os.environ.get("CXX", "g++")
+    if config.run.compile and config.run.device == "cpu" and shutil.which(compiler) is None:
+        yield f"run.compile is true and there is no C++ compiler {compiler} here; install it, or name another by CXX"
     ratio = config.run.max_loss_ratio
     if 0 < ratio <= 1:
         yield f"run.max_loss_ratio is {ratio}; it must be above 1, or 0 to switch it off"

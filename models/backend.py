@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import linear_cross_entropy
+from .adapter import Adapter
+from .config import LoRAConfig
 from .norm import NORMS
 from .parameters import Logical, normal, whole, zeros
 
@@ -55,6 +57,10 @@ class Backend(Protocol):
 
     def block_diagonal_linear(self, blocks: int, width: int, variance: float) -> nn.Module:
         """A block-diagonal linear with bias whose blocks are divided."""
+        ...
+
+    def adapter(self, linear: nn.Module, config: LoRAConfig) -> nn.Module:
+        """What adds a low-rank adapter to the output of one of these linears, of its input."""
         ...
 
     def embedding(self, vocab_size: int, width: int, variance: float) -> nn.Module:
@@ -108,6 +114,11 @@ class LocalBackend:
     def block_diagonal_linear(self, blocks: int, width: int, variance: float) -> nn.Module:
         """Every block."""
         return BlockDiagonalLinear(blocks, width, variance)
+
+    def adapter(self, linear: nn.Module, config: LoRAConfig) -> nn.Module:
+        """A plain adapter."""
+        weight = linear.get_parameter("weight")
+        return Adapter(weight, config, 1 / weight.shape[1])
 
     def embedding(self, vocab_size: int, width: int, variance: float) -> nn.Module:
         """The whole table."""

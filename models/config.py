@@ -30,6 +30,8 @@ ACTIVATIONS = ("gelu", "silu")
 PLAIN_ACTIVATIONS = (*ACTIVATIONS, "relu")
 NORMS = ("rms", "layer")
 POSITION_EMBEDDINGS = ("none", "sinusoidal")
+# The linears of attention and of the MLP, by their names in a block.
+ADAPTABLE = ("query", "key", "value", "output", "gate", "up", "down")
 PRESETS = Path(__file__).parent / "presets"
 
 
@@ -59,6 +61,44 @@ class MLPConfig:
 
 
 @dataclass
+class LoRAConfig:
+    """Low-rank adapters of linears in the blocks, `alpha / rank B A x` beside `W x`; none by default."""
+
+    rank: int = field(default=0, metadata={"help": "rows of A and columns of B; 0 = no adapters"})
+    alpha: float = field(default=16.0, metadata={"help": "the adapter is multiplied by alpha / rank"})
+    linears: list[str] = field(
+        default_factory=lambda: ["query", "key", "value", "output"],
+        metadata={"help": f"which linears of a block have one: {', '.join(ADAPTABLE)}"},
+    )
+
+    def num_params(self, model: ModelConfig) -> int:
+        """The parameters of all adapters."""
+        if not self.rank:
+            return 0
+        return self.rank * sum(_sides(model, mixer, linear) for mixer in model.mixers for linear in set(self.linears))
+
+    def problems(self, model: ModelConfig) -> Iterator[str]:
+        """What is wrong with the values."""
+        if self.rank < 0 or self.alpha <= 0:
+            yield f"model.lora.rank={self.rank} must be at least 0 and model.lora.alpha={self.alpha:g} above 0"
+        for name in self.linears:
+            yield from not_among("model.lora.linears", name, ADAPTABLE)
+        known = {name for name in model.pattern if isinstance(getattr(model, name, None), AttentionConfig)}
+        if self.rank and (others := sorted(set(model.pattern) - known)):
+            yield f"model.lora.rank={self.rank} needs mixers with attention; model.pattern has {', '.join(others)}"
+
+
+def _sides(model: ModelConfig, mixer: str, linear: str) -> int:
+    """Inputs and outputs of a block's linear; 0 where the block has none of that name."""
+    options, width = model.mixer_config(mixer), model.width
+    if linear in ("gate", "up", "down"):
+        return 0 if linear == "gate" and not model.mlp.gated else width + model.mlp.hidden_size(width)
+    assert isinstance(options, AttentionConfig), mixer
+    heads = options.key_heads(width) if linear in ("key", "value") else options.query_heads(width)
+    return width + heads * options.head_dim
+
+
+@dataclass
 class ModelConfig:
     """A language model: an embedding, `layers` blocks whose mixers follow `pattern`, a norm and a head."""
 
@@ -76,6 +116,7 @@ class ModelConfig:
     taylor_attention: TaylorAttentionConfig = field(default_factory=TaylorAttentionConfig)
     short_conv: ShortConvConfig = field(default_factory=ShortConvConfig)
     linearized_attention: LinearizedAttentionConfig = field(default_factory=LinearizedAttentionConfig)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
     norm: str = field(default="rms", metadata={"help": "rms: RMSNorm; layer: LayerNorm, with biases"})
     norm_eps: float = field(default=1e-6, metadata={"help": "added to the norm's mean square"})
     embedding_norm: bool = field(default=False, metadata={"help": "a norm after the embedding (BLOOM)"})
@@ -135,6 +176,25 @@ def _problems(config: ModelConfig) -> Iterator[str]:
         else:
             yield f"model.pattern names the unknown mixer {name!r}; {nearest(name, MIXER_NAMES)}"
     yield from config.mlp.problems(config.width)
+    yield from config.lora.problems(config)
+
+
+def told_positions(config: ModelConfig) -> set[str]:
+    """How the mixers of `config` are told positions: rope, alibi, both or neither."""
+    options = [config.mixer_config(name) for name in set(config.pattern) & set(MIXER_NAMES)]
+    attentions = [each for each in options if isinstance(each, AttentionConfig)]
+    return {each.position for each in attentions if each.rotary_dims or each.position == "alibi"}
+
+
+def with_positions(config: ModelConfig, rope_base: float = 0.0, alibi_scale: float = 0.0) -> ModelConfig:
+    """`config` with this base wherever it rotates and this factor on ALiBi's slopes; 0 leaves what is there.
+
+    No parameter depends on either, so a model may go on with others (`LanguageModel.use_positions`).
+    """
+    given = {"rope_base": rope_base, "alibi_scale": alibi_scale}
+    changes = {key: value for key, value in given.items() if value}
+    attentions = (config.attention, config.local_attention, config.linearized_attention)
+    return replace(config, **{each.name: replace(each, **changes) for each in attentions})
 
 
 def num_params(config: ModelConfig) -> int:
@@ -144,7 +204,7 @@ def num_params(config: ModelConfig) -> int:
     norms = 2 * config.layers + 1 + config.embedding_norm
     vectors = norms * (2 if config.norm == "layer" else 1)
     tables = 1 if config.tie_embeddings else 2
-    return blocks + (vectors + tables * config.vocab_size) * config.width
+    return blocks + (vectors + tables * config.vocab_size) * config.width + config.lora.num_params(config)
 
 
 def flops_per_token(config: ModelConfig, seq_len: int) -> float:

@@ -197,6 +197,7 @@ class AttentionConfig(HeadsConfig):
     position: str = field(default="rope", metadata={"help": "rope, alibi or none"})
     rope_fraction: float = field(default=1.0, metadata={"help": "share of a head's dims that is rotated"})
     rope_base: float = field(default=10000.0, metadata={"help": "base of the rotary frequencies"})
+    alibi_scale: float = field(default=1.0, metadata={"help": "factor on ALiBi's slopes; below 1 looks further back"})
     qkv_bias: bool = field(default=False, metadata={"help": "biases of q, k and v, which need as many heads each"})
     output_bias: bool = field(default=False, metadata={"help": "bias of the output projection"})
 
@@ -249,6 +250,8 @@ class AttentionConfig(HeadsConfig):
             )
         if self.rope_base <= 1:
             yield f"{name}.rope_base={self.rope_base} must be above 1"
+        if self.alibi_scale <= 0:
+            yield f"{name}.alibi_scale={self.alibi_scale} must be above 0"
 
 
 @dataclass

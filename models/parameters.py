@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -63,10 +63,20 @@ def whole(name: str, parameter: Tensor) -> Logical:
     return Logical(tuple(parameter.shape), (0,) * parameter.ndim)
 
 
-def init_parameters(module: nn.Module, seed: int, logical: Callable[[str, Tensor], Logical] = whole) -> None:
-    """Fills every parameter of `module` in place from `seed` and its name; `logical` says which box of what it is."""
+def init_parameters(
+    module: nn.Module,
+    seed: int,
+    logical: Callable[[str, Tensor], Logical] = whole,
+    names: Collection[str] | None = None,
+) -> None:
+    """Fills the parameters called `names`, all unless given, of `module` in place from `seed` and their names.
+
+    `logical` says which box of what a parameter is.
+    """
     with torch.no_grad():
         for name, parameter, spec in _specified(module):
+            if names is not None and name not in names:
+                continue
             digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
             generator = Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
             place = logical(name, parameter)

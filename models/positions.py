@@ -28,8 +28,8 @@ def sinusoids(positions: Tensor, width: int, dtype: torch.dtype) -> Tensor:
 
 
 @functools.cache
-def alibi_slopes(heads: int, device: torch.device) -> Tensor:
-    """ALiBi's fp32 slopes [heads] (arXiv 2108.12409, 3).
+def alibi_slopes(heads: int, device: torch.device, scale: float = 1.0) -> Tensor:
+    """ALiBi's fp32 slopes [heads] (arXiv 2108.12409, 3), all times `scale`.
 
     2^(-8 h / n), h = 1 to n, for a power of two n. Between powers the released code's: those of the power below, then
     every other of those of the power above, which fall between them.
@@ -37,4 +37,4 @@ def alibi_slopes(heads: int, device: torch.device) -> Tensor:
     power = 1 << (heads.bit_length() - 1)
     exponents = torch.arange(1, power + 1, device=device) * (8 / power)
     between = (2 * torch.arange(heads - power, device=device) + 1) * (4 / power)
-    return torch.exp2(-torch.cat([exponents, between]).float())
+    return torch.exp2(-torch.cat([exponents, between]).float()) * scale

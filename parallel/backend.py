@@ -2,22 +2,57 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
+from torch import nn
+
 from ..models import Backend, LanguageModel, LocalBackend, ModelConfig, Part
+from ..models.block import Block
 from .dims import ParallelDims
 from .groups import layout_groups, megatron
 
+# Of the function that all blocks share: one for each kind of block, row length, number of rows and mode.
+MOST_GRAPHS = 64
 
-def make_model(config: ModelConfig, dims: ParallelDims, **options: Any) -> LanguageModel:
+
+def make_model(config: ModelConfig, dims: ParallelDims, compile: bool = False, **options: Any) -> LanguageModel:
     """Returns what this rank holds of the model, without values, inside the process group; collective.
 
     Args:
         config: the whole model.
         dims: the layout.
+        compile: whether torch.compile makes the blocks' kernels, at their first calls; names stay as they are.
         options: LanguageModel's other arguments.
     """
-    return LanguageModel(config, make_backend(config, dims), part=_part(config, dims), **options)
+    assert not (compile and dims.zero == 3), "ZeRO 3's hooks change the shapes that a graph was compiled for"
+    model = LanguageModel(config, make_backend(config, dims), part=_part(config, dims), **options)
+    if compile:
+        _compile_blocks(model, dims)
+    return model
+
+
+def _compile_blocks(model: LanguageModel, dims: ParallelDims) -> None:
+    """Sets the blocks to be compiled in place, each as one or some of its layers."""
+    import torch._dynamo.config
+
+    torch._dynamo.config.recompile_limit = MOST_GRAPHS
+    # Tables that the kernels' references keep; in a graph they are computed anew.
+    warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")
+    for block in filter(None, model.blocks):
+        for module in _compiled_modules(block, dims):
+            module.compile(dynamic=False)
+
+
+def _compiled_modules(block: Block, dims: ParallelDims) -> list[nn.Module]:
+    """The block, or what of it neither exchanges with context ranks nor is called by what computes it again.
+
+    Inside a checkpoint, so that what is computed again is the compiled code; and never an MLP in tiles, which calls no
+    module.
+    """
+    if block.activation_checkpoint == "none":
+        return [block] if dims.context == 1 else [block.mixer_norm, block.mlp_norm, block.mlp]
+    return [block.mixer_norm, block.mixer] if dims.context == 1 else [block.mixer_norm]
 
 
 def _part(config: ModelConfig, dims: ParallelDims) -> Part | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import math
 import os
 import socket
 import sys
@@ -123,6 +122,18 @@ def layout_groups(dims: ParallelDims) -> LayoutGroups:
     return replace(groups, pipeline=pipeline, ends=parallel_state.get_embedding_group(check_initialized=False))
 
 
+@contextmanager
+def timeout_shared():
+    """A `with` block whose new groups get the default group's timeout; made without one, they wait half an hour."""
+    c10d: Any = dist.distributed_c10d
+    world: Any = dist.group.WORLD
+    device = torch.device("cpu" if dist.get_backend() == "gloo" else "cuda")
+    before = set(c10d._world.pg_map)
+    yield
+    for group in set(c10d._world.pg_map) - before:
+        c10d._set_pg_timeout(world._get_backend(device).options._timeout, group)
+
+
 def megatron() -> Any:
     """Returns Megatron's parallel_state, and imports all of Megatron quietly: it warns of each optional package."""
     # Megatron gathers by names that torch renames; the warning would come once a rank.
@@ -162,7 +173,7 @@ def _make_groups(state: Any, dims: ParallelDims) -> None:
         expert_tensor_parallel_size=dims.tensor * dims.context,
         order="tp-cp-ep-pp-dp",
         create_gloo_process_groups=False,
-        distributed_timeout_minutes=max(1, math.ceil(options._timeout.total_seconds() / 60)),
+        distributed_timeout_minutes=options._timeout.total_seconds() / 60,
     )
 
 

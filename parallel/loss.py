@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -37,6 +38,8 @@ class LossModule(nn.Module):
                 back.
             x: the hidden states that those blocks read; made from the tokens unless given.
         """
+        # Blocks that are compiled are so for any number of documents.
+        torch._dynamo.maybe_mark_dynamic(batch.cu_seqlens, 0)
         segments = Segments(batch.cu_seqlens, batch.continues, batch.doc_start)
         group = self.context
         pieces = [ContextParallelContext(segments, group) for _ in self.model.blocks] if group else None

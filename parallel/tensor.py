@@ -8,24 +8,33 @@ scatter; what a norm gathers is kept for the backward pass whole, where Megatron
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
-from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
+from megatron.core.tensor_parallel.mappings import (
+    gather_from_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
 from torch import Tensor, nn
 
 from ..kernels import loss_from_pieces, vocabulary_pieces
 from ..models import LanguageModel, LocalBackend, ModelConfig
+from ..models.adapter import Adapter
 from ..models.backend import BlockDiagonalLinear, Linear
+from ..models.config import LoRAConfig
 from ..models.norm import LayerNorm, RMSNorm
 from ..models.parameters import Logical, normal, zeros
 from .collectives import gather_tokens, sum_gradients, sum_parts
 from .dims import ParallelDims
 from .groups import layout_groups
+
+# What exchanges with other ranks: torch.compile leaves it out of its graphs.
+eager = cast("Callable[[Any], Any]", torch.compiler.disable)
 
 
 class MegatronBackend:
@@ -64,6 +73,7 @@ class MegatronBackend:
         """With sequence_parallel this rank's T / tensor tokens of each row."""
         return x.chunk(self.size, dim=1)[self.rank] if self.sequence_parallel else x
 
+    @eager
     def enter(self, x: Tensor) -> Tensor:
         """A norm's output, [B, T, D] on every rank, its gradients summed over the ranks that read it."""
         return (gather_tokens if self.sequence_parallel else sum_gradients)(x, self.group)
@@ -89,6 +99,14 @@ class MegatronBackend:
     def block_diagonal_linear(self, blocks: int, width: int, variance: float) -> nn.Module:
         """This rank's blocks."""
         return BlockDiagonalLinear(self.local(blocks), self.local(width), variance)
+
+    def adapter(self, linear: nn.Module, config: LoRAConfig) -> nn.Module:
+        """Divided as the linear is: B of a column linear, A of a row linear."""
+        weight = linear.get_parameter("weight")
+        if isinstance(linear, RowLinear):
+            return RowAdapter(weight, config, self)
+        rows = linear.rows if isinstance(linear, SharedHeadLinear) else slice(None)
+        return Adapter(weight, config, 1 / weight.shape[1], rows)
 
     def embedding(self, vocab_size: int, width: int, variance: float) -> nn.Module:
         """Megatron's, divided by rows."""
@@ -126,7 +144,7 @@ class MegatronBackend:
         """
         found = set()
         for prefix, owner in model.named_modules():
-            on_residual = isinstance(owner, RMSNorm | LayerNorm | RowLinear) and not self.sequence_parallel
+            on_residual = isinstance(owner, RMSNorm | LayerNorm | RowLinear | RowAdapter) and not self.sequence_parallel
             for name, parameter in owner.named_parameters(prefix, recurse=False):
                 divided = tuple(parameter.shape) != self._shapes[name]
                 if not divided and not on_residual:
@@ -204,6 +222,8 @@ ENTERING_NORMS = {"rms": EnteringRMSNorm, "layer": EnteringLayerNorm}
 class ColumnLinear(ColumnParallelLinear):
     """Megatron's column linear of an input that the norm before it sums the gradient of."""
 
+    weight: nn.Parameter
+
     def __init__(self, inputs: int, outputs: int, bias: bool, variance: float, backend: MegatronBackend) -> None:
         config = backend.layer_config(sequence_parallel=False)
         super().__init__(
@@ -218,8 +238,8 @@ class ColumnLinear(ColumnParallelLinear):
         self.specs = {"weight": normal(variance), "bias": zeros()}
 
     def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """[..., inputs] -> [..., outputs / tensor]."""
-        return super().forward(x)[0]
+        """[..., inputs] -> [..., outputs / tensor]; nothing is exchanged, and Megatron's way takes the host longer."""
+        return F.linear(x, self.weight, self.bias)
 
 
 class RowLinear(RowParallelLinear):
@@ -240,10 +260,44 @@ class RowLinear(RowParallelLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, inputs / tensor] -> [B, T, outputs], or [B, T / tensor, outputs] with sequence_parallel."""
-        if not self.sequence_parallel:
-            return super().forward(x)[0]
-        # Megatron scatters the first dim; for one row the transpositions are free.
-        return super().forward(x.transpose(0, 1))[0].transpose(0, 1)
+        y = _reduced(F.linear(x, self.weight), self.sequence_parallel, self.tp_group)
+        return y if self.bias is None else y + self.bias
+
+
+class RowAdapter(Adapter):
+    """A row linear's adapter: what its A makes of each rank's inputs is summed, its B is whole on every rank."""
+
+    def __init__(self, weight: Tensor, config: LoRAConfig, backend: MegatronBackend) -> None:
+        super().__init__(weight, config, 1 / (weight.shape[1] * backend.size))
+        self._group, self._scatters = backend.group, backend.sequence_parallel
+
+    def between(self, low: Tensor) -> Tensor:
+        """The sum over ranks of [B, T, rank]; of this rank's T / tensor tokens with sequence_parallel."""
+        return _reduced(low, self._scatters, self._group)
+
+
+@eager
+def _reduced(parts: Tensor, scatters: bool, group: dist.ProcessGroup) -> Tensor:
+    """The sum of the ranks' `parts` [B, T, D], which it may write over; or of this rank's T / tensor tokens of them."""
+    if scatters:
+        return _SumTokens.apply(parts, group)
+    return reduce_from_tensor_model_parallel_region(parts, group=group)
+
+
+class _SumTokens(torch.autograd.Function):
+    """The adjoint of `gather_tokens`. Megatron scatters a tensor's first dim, which is not the tokens'."""
+
+    @staticmethod
+    def forward(ctx, parts: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        pieces = parts.unflatten(1, (group.size(), -1)).transpose(0, 1).contiguous()
+        y = torch.empty_like(pieces[0])
+        dist.reduce_scatter_tensor(y.view(-1), pieces.view(-1), group=group)
+        return y
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):
+        return gather_tokens(grads[0], ctx.group), None
 
 
 class SharedHeadLinear(Linear):
@@ -253,11 +307,11 @@ class SharedHeadLinear(Linear):
         assert backend.size % heads == 0, f"{heads} shared heads over {backend.size} tensor ranks"
         super().__init__(inputs, heads * head_dim, False, variance)
         begin = backend.rank * heads // backend.size * head_dim
-        self._rows = slice(begin, begin + head_dim)
+        self.rows = slice(begin, begin + head_dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., inputs] -> [..., head_dim]."""
-        return F.linear(x, self.weight[self._rows])
+        return F.linear(x, self.weight[self.rows])
 
 
 class VocabularyEmbedding(VocabParallelEmbedding):

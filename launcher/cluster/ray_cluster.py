@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,9 @@ LOOPBACK = "127.0.0.1"
 # glibc hands large freed blocks back to the kernel, and the page faults of taking them again cost the CPU path 10 to
 # 25% at 512 tokens a row and half its time at 32K.
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
-ANSWER_SECONDS = 60.0
+ANSWER_SECONDS = 10.0
+# A process that is alive answers in far less, whatever it computes.
+PING_SECONDS = 15.0
 CONNECT_SECONDS = 10.0
 OBJECT_STORE_BYTES = 128 * 2**20
 
@@ -38,6 +42,7 @@ class RayCluster:
         self.count = worker_count(config)
         self.uses_gpus = False
         self.workers: list[Any] = []
+        self._asked: Any = None
 
     def __enter__(self) -> RayCluster:
         import ray
@@ -49,14 +54,15 @@ class RayCluster:
             if address:
                 ray.init(address=address, **quiet)
             else:
-                ray.init(
-                    address="local",
-                    num_cpus=max(self.count, os.cpu_count() or 1),
-                    include_dashboard=False,
-                    object_store_memory=OBJECT_STORE_BYTES,
-                    _node_ip_address=LOOPBACK,
-                    **quiet,
-                )
+                with _children_in_groups_of_their_own():
+                    ray.init(
+                        address="local",
+                        num_cpus=max(self.count, os.cpu_count() or 1),
+                        include_dashboard=False,
+                        object_store_memory=OBJECT_STORE_BYTES,
+                        _node_ip_address=LOOPBACK,
+                        **quiet,
+                    )
         except (ConnectionError, ValueError, RuntimeError) as error:
             where = f"the Ray cluster at RAY_ADDRESS={address}" if address else "a local Ray"
             hint = "A cluster that asks for a token needs RAY_AUTH_MODE=token here; " if address else ""
@@ -130,14 +136,48 @@ class RayCluster:
         return ended, failures
 
     def ask(self, call: Callable[[], Any], default: Any) -> Any:
-        """A worker's answer; `default` when it is no longer there (its run reports the reason)."""
-        import ray
-        from ray.exceptions import RayError
+        """A worker's answer, maybe to what was asked before; `default` while there is none.
 
+        Nor is there one once the worker is gone: its run reports the reason.
+        """
+        import ray
+        from ray.exceptions import GetTimeoutError, RayError
+
+        self._asked = self._asked or call()
         try:
-            return ray.get(call(), timeout=ANSWER_SECONDS)
-        except RayError:
+            answer = ray.get(self._asked, timeout=ANSWER_SECONDS)
+        except GetTimeoutError:
             return default
+        except RayError:
+            answer = default
+        self._asked = None
+        return answer
+
+    def silent(self, ranks: Iterable[int]) -> set[int]:
+        """Which of these ranks' processes do not even answer: stopped, or their machine is gone."""
+        import ray
+
+        pings = {self.workers[rank].pid.remote(): rank for rank in ranks}
+        _, pending = ray.wait(list(pings), num_returns=len(pings), timeout=PING_SECONDS) if pings else ([], [])
+        return {pings[ping] for ping in pending}
+
+
+_starts_ray = threading.Event()
+os.register_at_fork(after_in_child=lambda: os.setpgrp() if _starts_ray.is_set() else None)
+
+
+@contextmanager
+def _children_in_groups_of_their_own() -> Iterator[None]:
+    """A `with` block whose subprocesses do not get the signals that are sent to this one's process group.
+
+    A terminal and many schedulers signal the group, and the run that is to save needs its Ray. Ray starts its processes
+    with a `preexec_fn`, so that what is registered for a fork runs in them.
+    """
+    _starts_ray.set()
+    try:
+        yield
+    finally:
+        _starts_ray.clear()
 
 
 def _check_reachable(address: str | None) -> None:

@@ -10,6 +10,7 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -176,7 +177,9 @@ def _watch(
         if failures:
             time.sleep(SECONDS_TO_COLLECT_FAILURES)
             _show_reports(cluster, workers, progress)
-            raise _failure(cluster.poll(runs, 0)[1], places)
+            ended, failures = cluster.poll(runs, 0)
+            silent = cluster.silent(set(range(len(runs))) - ended.keys() - failures.keys())
+            raise _failure(failures, places, silent, attempt.config.run.timeout_seconds)
         _show_reports(cluster, workers, progress)
     return statuses[0]
 
@@ -186,14 +189,26 @@ def _show_reports(cluster: Any, workers: list[Any], progress: Progress) -> None:
         progress.show(report)
 
 
-def _failure(failures: dict[int, Exception], places: list[dict[str, Any]]) -> UserError:
-    """The error to show: a rank's own clear sentence first, then a death, then what the others noticed of it."""
+def _failure(
+    failures: dict[int, Exception], places: list[dict[str, Any]], silent: Collection[int] = (), timeout: float = 0.0
+) -> UserError:
+    """The error to show: a rank's own clear sentence, then silence, then a death, then what others noticed of them.
+
+    Args:
+        failures: what the ranks that failed raised.
+        places: where each rank stands.
+        silent: the ranks whose processes do not answer.
+        timeout: how many seconds the others waited for those.
+    """
     rank = min(failures, key=lambda rank: (_severity(failures[rank]), rank))
     error = failures[rank]
     if isinstance(error, UserError):
         return error
-    place = places[rank]
     what = str(error).strip().split("\n")[-1]
+    if silent:
+        noticed, rank = rank, min(silent)
+        what = f"it does not answer, and rank {noticed} waited run.timeout_seconds={timeout:g} for it"
+    place = places[rank]
     return UserError(
         f"rank {rank} (pid {place['pid']} on {place['host']}) failed: {what}. Its log is in the run folder "
         "under logs/; the same command resumes from the last checkpoint."

@@ -48,6 +48,10 @@ class Worker:
             taken, self._reports = self._reports, []
         return taken
 
+    def pid(self) -> int:
+        """This process's number: the answer of a process that answers."""
+        return os.getpid()
+
     def stop(self) -> None:
         """Asks the run to save and end after the step in progress."""
         self.stop_requested.set()

@@ -19,13 +19,14 @@ from typing import Any
 from ...data import Batch, Corpus, Cursor, RowLoader, corpus_tokenizer, save_tokenizer
 from ...errors import UserError
 from ...models import flops_per_token, num_params
-from ...parallel import Engine, OptimizerOptions, make_model, process_group
-from ...parallel.checkpoint import Checkpointer, load_weights, rng_state, set_rng_state
-from ..config import Config
+from ...parallel import Engine, OptimizerOptions, process_group
+from ...parallel.checkpoint import Checkpointer, read_manifest, rng_state, set_rng_state
+from ..config import Config, from_mapping, stage_model
 from ..run_folder import RunFolder
 from ..validate import open_corpora, parallel_dims
 from .guard import LossGuard
 from .metrics import Meter, MetricsWriter, bits_per_byte
+from .mode import Mode
 from .process import choose_device, choose_precision, prepare_process
 from .resumption import Resumption
 from .rows import Validation, make_plan
@@ -49,13 +50,14 @@ class Place:
 
 @dataclass(frozen=True)
 class Sums:
-    """What a step trained, over all ranks."""
+    """What a step trained, over all ranks; `errors` are those of the blocks in a stage that transfers attention."""
 
     loss: float
     tokens: int
     text_bytes: float
     grad_norm: float
     stop: bool
+    errors: tuple[float, ...] = ()
 
 
 class Trainer:
@@ -82,6 +84,7 @@ class Trainer:
         self.dims = parallel_dims(config, place.world)
         self.replica = place.rank // self.dims.replica_size
         self.last_step: Step | None = None
+        self.stage: int | None = None
         self.last_checkpoint: str | None = None
 
     def run(self, init_from: str | None = None, stop_at: int | None = None) -> str:
@@ -96,14 +99,14 @@ class Trainer:
         timeout = self.config.run.timeout_seconds
         with ExitStack() as stack:
             stack.enter_context(process_group(**options, device=self.device, timeout_seconds=timeout))
-            self._build(init_from, stack)
-            self._resume()
+            self._build(stack)
+            self._begin(init_from)
             return self._train(min(stop_at or self.schedule.total_steps, self.schedule.total_steps))
 
     # Building
 
-    def _build(self, init_from: str | None, stack: ExitStack) -> None:
-        """Makes rows, model, engine and writers; `stack` closes what must be closed."""
+    def _build(self, stack: ExitStack) -> None:
+        """Makes rows and writers; `stack` closes what must be closed."""
         config = self.config
         self.corpora: list[Corpus] = open_corpora(config)
         if self.is_first:
@@ -112,32 +115,44 @@ class Trainer:
         self.loader = RowLoader(self.plan, pin_memory=self.device.type == "cuda")
         self.validation = Validation(config, self.corpora)
         self.resumption = Resumption(config, self.corpora[0], self.plan, self.schedule, self.dims)
-        self.engine = self._make_engine(init_from)
-        stack.callback(self.engine.close)
-        self.saver = Checkpointer(
-            self.folder.checkpoints, self.engine, config.checkpoint.keep_last, config.checkpoint.keep_every
-        )
+        checkpoint = config.checkpoint
+        self.saver = Checkpointer(self.folder.checkpoints, None, checkpoint.keep_last, checkpoint.keep_every)
+        stack.callback(self._drop_engine)
         stack.callback(self.saver.close)
         self.meter = Meter(self.device, self.place.world)
         self.writer = MetricsWriter(config, self.folder) if self.is_first else None
         if self.writer:
             stack.callback(self.writer.close)
 
-    def _make_engine(self, init_from: str | None) -> Engine:
+    def _make_engine(self, mode: Mode, weights: str | None) -> None:
+        """Makes the engine that trains what `mode` says, with the checkpoint `weights`' weights, else the seed's."""
         config, optimizer = self.config, self.config.optimizer
-        kernels, recomputed = config.run.implementation, config.run.activation_checkpoint
-        model = make_model(config.model, self.dims, implementation=kernels, activation_checkpoint=recomputed)
-        if init_from:
-            self.resumption.check_tokenizer(init_from, load_weights(init_from, model).meta)
+        model = mode.make_model(config, self.dims)
+        if weights:
+            self.resumption.check_tokenizer(weights, mode.load_weights(weights, model, config.run.seed))
         else:
             model.init_weights(config.run.seed)
         options = OptimizerOptions(
             (optimizer.betas[0], optimizer.betas[1]), optimizer.eps, optimizer.weight_decay, optimizer.clip
         )
-        return Engine(model, self.dims, options, choose_precision(config.precision, self.device), self.device)
+        precision = choose_precision(config.precision, self.device)
+        self.engine = Engine(model, self.dims, options, precision, self.device)
+        model.freeze()
+        self.mode = mode
+        self.saver.serve(self.engine)
 
-    def _resume(self) -> None:
-        """Takes over the newest checkpoint that verifies, if there is one."""
+    def _drop_engine(self) -> None:
+        """Lets go of the engine, if there is one, and of its memory."""
+        if hasattr(self, "engine"):
+            self.saver.serve(None)
+            self.engine.close()
+            del self.engine
+
+    def _begin(self, init_from: str | None) -> None:
+        """Takes over the newest checkpoint that verifies; without one begins with `init_from`'s weights or the seed's.
+
+        A checkpoint at the end of a stage whose successor trains otherwise gives its weights alone (`_enter`).
+        """
         began = time.perf_counter()
         path, warnings = self.saver.find_latest()
         for warning in warnings:
@@ -147,15 +162,27 @@ class Trainer:
                 f"no checkpoint in {self.folder.checkpoints} can be read: {warnings[0]}. Mend the disk, begin a new "
                 "run with --run, or remove them to train this one from the start."
             )
-        self._introduce()
         if path is None:
+            first = self.schedule.step(1)
+            self._make_engine(Mode.of(self.config, first.stage), init_from)
+            self._introduce()
+            if init_from and self.config.validation.every:
+                self._score(0, first.seq_len)
             return
-        meta = self.saver.load(path).meta
+        meta = read_manifest(path).meta
         cursor = self.resumption.check(path, meta)
-        self.guard.restore(meta["guard"])
-        set_rng_state(meta["rng"])
         self.last_step = self.schedule.step(meta["step"])
         self.last_checkpoint = path.name
+        next_step = self.schedule.step(min(meta["step"] + 1, self.schedule.total_steps))
+        mode = Mode.of(self.config, next_step.stage)
+        if mode == Mode.of(from_mapping(meta["config"]), cursor.stage):
+            self._make_engine(mode, None)
+            self.saver.load(path)
+            self.guard.restore(meta["guard"])
+        else:
+            self._make_engine(mode, str(path))
+        set_rng_state(meta["rng"])
+        self._introduce()
         seconds = time.perf_counter() - began
         text = f"resumed from {path.name} in {seconds:.1f} s; the next row is {cursor.row} of stage {cursor.stage}"
         self.report({"kind": "note", "text": f"{text}, step {meta['step'] + 1} of {self.schedule.total_steps}"})
@@ -199,15 +226,32 @@ class Trainer:
         self.meter.restart()
         with self.loader.prefetch(wanted, depth=PREFETCH) as batches:
             for step in self.schedule.steps(begin, stop_at):
+                self._enter(step.stage)
                 mine = [next(batches) for _ in step.micro_batches(self.replica, self.dims.data)]
                 sums = self._step(step, mine)
                 self._record(step, sums)
                 ending = sums.stop or step.number == stop_at
-                self._validate(step, ending)
+                self._validate(step)
                 self._save(step, ending)
                 if ending:
                     return "finished" if step.number == self.schedule.total_steps else "stopped"
         raise AssertionError("the last step ends the run")
+
+    def _enter(self, stage: int) -> None:
+        """Gives the model what `stage` changes of it.
+
+        Where it trains otherwise than the stage before, it begins as a run of its own would with the checkpoint just
+        saved: adapters merged, moments zero. So a run resumed there is the same as one that went on.
+        """
+        if stage == self.stage:
+            return
+        if (mode := Mode.of(self.config, stage)) != self.mode:
+            self._drop_engine()
+            self._make_engine(mode, str(self.folder.checkpoints / f"{self.last_checkpoint}"))
+            self.guard = LossGuard(self.config.run.max_loss_ratio)
+            self.meter.restart()
+        self.stage = stage
+        self.engine.model.use_positions(stage_model(self.config, stage))
 
     def _step(self, step: Step, batches: list[Batch]) -> Sums:
         """One update of the weights from one step's rows."""
@@ -218,13 +262,14 @@ class Trainer:
         )
         (loss_sum,) = self.engine.sum(self.engine.forward_backward(batches, int(tokens)))
         loss = loss_sum / tokens
+        errors = self.mode.block_errors(self.engine, tokens)
         rows = self._plan_rows(step)
         self.guard.check(step, rows, loss, None, self.last_checkpoint)
         norm = self.engine.update(step.lr)
         self.guard.check(step, rows, loss, norm, self.last_checkpoint)
         self.guard.accept(loss)
         self.last_step = step
-        return Sums(loss, int(tokens), text_bytes, norm, stop > 0)
+        return Sums(loss, int(tokens), text_bytes, norm, stop > 0, errors)
 
     def _plan_rows(self, step: Step) -> tuple[int, int]:
         """The first and last row of a step as the data plan numbers them, skipped rows counted."""
@@ -251,31 +296,45 @@ class Trainer:
             "rows": step.rows,
             "tokens": sums.tokens,
             "loss": sums.loss,
-            "bits_per_byte": bits_per_byte(sums.loss * sums.tokens, sums.text_bytes),
+            "bits_per_byte": None if sums.errors else bits_per_byte(sums.loss * sums.tokens, sums.text_bytes),
             "grad_norm": sums.grad_norm,
             "lr": step.lr,
+            **({"transfer_errors": sums.errors, "worst_transfer_error": max(sums.errors)} if sums.errors else {}),
             **pace,
             "incarnation": self.place.incarnation,
         }
         self.writer.write(metrics)
         self.report({"kind": "step", "total_steps": self.schedule.total_steps, **metrics})
 
-    def _validate(self, step: Step, ending: bool) -> None:
+    def _ends_stage(self, step: Step) -> bool:
+        return step.first_row + step.rows == self.schedule.stage_rows()[step.stage]
+
+    def _ends_mode(self, step: Step) -> bool:
+        """Whether the next step trains otherwise than this one."""
+        last = step.number == self.schedule.total_steps
+        return not last and Mode.of(self.config, self.schedule.step(step.number + 1).stage) != self.mode
+
+    def _validate(self, step: Step) -> None:
+        """Scores held-out text where that is due: at the end of a stage too."""
         every = self.config.validation.every
-        finished = ending and step.number == self.schedule.total_steps
-        if not every or not self.validation.possible or not (step.number % every == 0 or finished):
+        if every and (step.number % every == 0 or self._ends_stage(step)):
+            self._score(step.number, step.seq_len)
+
+    def _score(self, number: int, seq_len: int) -> None:
+        """The held-out loss after step `number`, for the records and the screen."""
+        if not self.validation.possible:
             return
-        loss, nats = self.validation.score(self.engine, step.seq_len, self.replica, self.dims.data)
+        loss, nats = self.validation.score(self.engine, seq_len, self.replica, self.dims.data)
         bits = nats / math.log(2) if nats else None
         if self.writer:
-            self.writer.validation(step.number, loss, bits, self.place.incarnation)
+            self.writer.validation(number, loss, bits, self.place.incarnation)
         shown = f"{bits:.4f} bits/byte" if bits else f"loss {loss:.4f}"
-        self.report({"kind": "note", "text": f"step {step.number}: held-out {shown}"})
+        self.report({"kind": "note", "text": f"step {number}: held-out {shown}"})
         self.meter.restart()
 
     def _save(self, step: Step, ending: bool) -> None:
         """Begins a checkpoint when one is due; the last one is waited for."""
-        if not ending and step.number % self.config.checkpoint.every:
+        if not ending and step.number % self.config.checkpoint.every and not self._ends_mode(step):
             return
         live = {"guard": self.guard.state(), "rng": rng_state(), "incarnation": self.place.incarnation}
         self.saver.save(step.number, {**self.resumption.describe(step), **live})

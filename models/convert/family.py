@@ -171,6 +171,8 @@ def essence(config: ModelConfig) -> dict[str, Any]:
             found[f"{name}.kv_heads"] = options.key_heads(config.width)
             if options.position != "rope":
                 found |= {f"{name}.rope_fraction": None, f"{name}.rope_base": None}
+            if options.position != "alibi":
+                found[f"{name}.alibi_scale"] = None
     if "rg_lru" in config.mixers:
         found["rg_lru.width"] = config.rg_lru.channels(config.width)
     return {key: value for key, value in found.items() if key not in _BEGINNINGS}

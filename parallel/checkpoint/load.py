@@ -6,6 +6,7 @@ files, so a rank reads only the pages it needs and memory stays bounded by one t
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,15 +62,22 @@ def load(path: Path | str, engine: Engine, group: dist.ProcessGroup | None = Non
     return manifest
 
 
-def load_weights(path: Path | str, model: LanguageModel) -> Manifest:
+def load_weights(path: Path | str, model: LanguageModel, may_lack: Collection[str] = ()) -> Manifest:
     """Fills the parameters of `model` with the checkpoint's fp32 weights in their own dtype; returns the manifest.
 
     Not collective, no optimizer; one tensor at a time, of which the model may hold a box.
+
+    Args:
+        path: the step-N folder.
+        model: what to fill.
+        may_lack: names of parameters that are left as they are where the checkpoint has none of that name.
     """
     path = Path(path)
     manifest = read_manifest(path)
-    places = {name: (p, model.backend.logical(name, p)) for name, p in model.named_parameters()}
-    check_fit(path, manifest, model.logical_shapes())
+    lacking = {name for name in may_lack if f"{WEIGHT}/{name}" not in manifest.tensors}
+    named = ((name, p) for name, p in model.named_parameters() if name not in lacking)
+    places = {name: (p, model.backend.logical(name, p)) for name, p in named}
+    check_fit(path, manifest, {name: s for name, s in model.logical_shapes().items() if name not in lacking})
     files = MappedFiles(path)
     with torch.no_grad():
         for name, (parameter, place) in places.items():

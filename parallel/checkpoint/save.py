@@ -38,15 +38,21 @@ class Checkpointer:
     moments in host memory. A save that failed is told by the next `save`, `wait` or `close`, on every rank.
     """
 
-    def __init__(self, folder: Path | str, engine: Engine, keep_last: int = 0, keep_every: int = 0):
+    def __init__(self, folder: Path | str, engine: Engine | None, keep_last: int = 0, keep_every: int = 0):
         self.folder = Path(folder)
-        self._engine = engine
+        self._engine: Any = engine
         self._keep = (keep_last, keep_every)
         # Never the training group: gloo aborts the process when two threads use one group.
         self._group: Any = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[Path] | None = None
         self._host: dict[tuple[str, int], Tensor] = {}
+
+    def serve(self, engine: Engine | None) -> None:
+        """Saves and loads the state of `engine` from now on; lets go of the one before, whose save it waits for."""
+        self.wait()
+        self._engine = engine
+        self._host.clear()
 
     def save(self, step: int, meta: dict[str, Any]) -> None:
         """Begins to save the state as `step`, with the caller's JSON; waits for the save before it, if any.

@@ -65,6 +65,7 @@ def test_help_needs_no_heavy_library():
         ["models"],
         ["plan"],
         ["convert"],
+        ["linearize"],
         ["bench"],
         ["bench", "kernels"],
     ],

@@ -30,23 +30,28 @@ model.mlp.hidden model.mlp.gated model.mlp.activation model.mlp.bias
 model.rg_lru.width model.rg_lru.gate_blocks model.rg_lru.conv_taps model.rg_lru.decay_init model.rg_lru.decay_range
 model.rg_lru.bias
 model.local_attention.heads model.local_attention.head_dim model.local_attention.kv_heads model.local_attention.position
-model.local_attention.rope_fraction model.local_attention.rope_base model.local_attention.qkv_bias
+model.local_attention.rope_fraction model.local_attention.rope_base model.local_attention.alibi_scale
+model.local_attention.qkv_bias
 model.local_attention.output_bias model.local_attention.window
 model.attention.heads model.attention.head_dim model.attention.kv_heads model.attention.position
-model.attention.rope_fraction model.attention.rope_base model.attention.qkv_bias model.attention.output_bias
+model.attention.rope_fraction model.attention.rope_base model.attention.alibi_scale
+model.attention.qkv_bias model.attention.output_bias
 model.taylor_attention.heads model.taylor_attention.head_dim model.taylor_attention.feature_dim
 model.taylor_attention.scale model.taylor_attention.normalize
 model.short_conv.width model.short_conv.taps model.short_conv.bias
 model.linearized_attention.heads model.linearized_attention.head_dim model.linearized_attention.kv_heads
 model.linearized_attention.position model.linearized_attention.rope_fraction model.linearized_attention.rope_base
+model.linearized_attention.alibi_scale
 model.linearized_attention.qkv_bias model.linearized_attention.output_bias model.linearized_attention.group
 model.linearized_attention.local model.linearized_attention.feature_map model.linearized_attention.feature_dim
 model.linearized_attention.normalize model.linearized_attention.conv_taps
+model.lora.rank model.lora.alpha model.lora.linears
 model.norm model.norm_eps model.embedding_norm model.tie_embeddings model.embedding_scale model.position_embedding
 model.logit_soft_cap
 data.corpora data.corpora[].path data.corpora[].weight data.packing data.shuffle_window data.seed data.skipped_rows
 data.cache data.cache_gib data.verify
 stages stages[].seq_len stages[].tokens stages[].lr_scale stages[].micro_rows stages[].packing stages[].weights
+stages[].rope_base stages[].alibi_scale stages[].objective stages[].trains
 batch.tokens batch.micro_rows batch.ramp_from batch.ramp_steps
 optimizer.lr optimizer.betas optimizer.eps optimizer.weight_decay optimizer.clip
 schedule.warmup_steps schedule.kind schedule.final_ratio schedule.decay_share
@@ -58,7 +63,7 @@ checkpoint.every checkpoint.keep_last checkpoint.keep_every
 validation.every validation.rows
 logging.every logging.tensorboard logging.wandb
 run.folder run.seed run.launcher run.workers run.device run.threads run.deterministic run.implementation
-run.activation_checkpoint run.timeout_seconds run.max_loss_ratio
+run.activation_checkpoint run.compile run.timeout_seconds run.max_loss_ratio
 """
 
 
@@ -212,6 +217,9 @@ RULES = [
     ("stages.0.tokens=1K", "stages.0.tokens is 1000, less than one step"),
     ("stages.0.weights=[1, 2]", "stages.0.weights holds 2 numbers for 1 corpora"),
     ("stages.0.weights=[0]", "stages.0.weights is [0.0]"),
+    ("stages.0.rope_base=1", "stages.0.rope_base is 1; it must be above 1, or 0 for the model's"),
+    ("stages.0.rope_base=-1", "stages.0.rope_base is -1.0; it must be at least 0"),
+    ("stages.0.alibi_scale=0.5", "model.pattern (rg_lru, rg_lru, local_attention) has no ALiBi; leave it out"),
     ("stages=[]", "stages is empty"),
     ("data.corpora=[]", "data.corpora is empty; run `longscan prepare`"),
     ("data.corpora=[{weight: 1}]", "data.corpora.0.path is empty"),
@@ -239,6 +247,12 @@ RULES = [
 @pytest.mark.parametrize(("override", "message"), RULES)
 def test_what_makes_no_sense_together_is_refused_with_the_values(override, message):
     assert message in refused(validate, demo(override), 2)
+
+
+@pytest.mark.parametrize("preset", ["alibi-tiny", "hawk-tiny", "sinusoidal-tiny"])
+def test_a_rope_base_without_rope_is_refused(preset):
+    config = resolve("griffin-tiny", ["data.corpora=[a]", f"model={{preset: {preset}}}", "stages.0.rope_base=5e5"])
+    assert "stages.0.rope_base is 500000, but nothing in model.pattern (" in refused(validate, config, 1)
 
 
 def test_every_problem_is_told_at_once():

@@ -136,4 +136,6 @@ def test_the_first_cause_is_shown():
     places = [{"pid": 10 + rank, "host": "h"} for rank in range(3)]
     peers = {0: RuntimeError("connection closed by peer"), 2: RuntimeError("The actor died unexpectedly")}
     assert "rank 2 (pid 12 on h)" in str(_failure(peers, places))
+    hangs = _failure({0: RuntimeError("timed out")}, places, silent={1}, timeout=20.0)
+    assert "rank 1 (pid 11 on h) failed: it does not answer, and rank 0 waited run.timeout_seconds=20" in str(hangs)
     assert str(_failure({**peers, 1: UserError("stopped at step 3")}, places)) == "stopped at step 3"

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from longscan.kernels import Segments, rotary
-from longscan.models import LanguageModel
+from longscan.models import LanguageModel, config_from_mapping
+from longscan.models.config import told_positions, with_positions
 from longscan.models.positions import alibi_slopes, rotary_table, sinusoids
 
 
@@ -38,6 +39,33 @@ def test_slopes_are_the_released_ones(heads):
 
 def test_slopes_of_eight_heads():
     assert alibi_slopes(8, torch.device("cpu")).tolist() == [2.0**-h for h in range(1, 9)]
+    assert alibi_slopes(8, torch.device("cpu"), 0.25).tolist() == [2.0**-h / 4 for h in range(1, 9)]
+
+
+@pytest.mark.parametrize(("position", "key"), [("rope", "rope_base"), ("alibi", "alibi_scale")])
+@pytest.mark.parametrize("mixer", ["attention", "local_attention"])
+def test_other_positions_make_the_model_that_was_built_with_them(position, key, mixer):
+    options = {"heads": 3, "head_dim": 8, "position": position}
+    shape = {"vocab_size": 32, "width": 24, "layers": 2, "pattern": [mixer, "rg_lru"], "rg_lru": {"gate_blocks": 1}}
+    config = config_from_mapping({**shape, mixer: options})
+    changed = with_positions(config, **{key: 0.25 if position == "alibi" else 500.0})
+    assert told_positions(config) == told_positions(changed) == {position}
+    logits = {}
+    for name, built in (("before", config), ("built", changed), ("changed", config)):
+        model = LanguageModel(built).double()
+        model.init_weights(0)
+        if name == "changed":
+            model.use_positions(changed)
+            assert model.config == changed
+        tokens = torch.arange(20).view(1, 20)
+        logits[name] = model(tokens, Segments.whole(1, 20))
+        stepped, carry = [], model.init_carry(1)
+        for token in tokens.unbind(1):
+            step, carry = model.step(token, carry)
+            stepped.append(step)
+        torch.testing.assert_close(torch.stack(stepped, 1), logits[name])
+    assert torch.equal(logits["built"], logits["changed"])
+    assert not torch.allclose(logits["built"], logits["before"])
 
 
 def test_sinusoids_are_the_papers():

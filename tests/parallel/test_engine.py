@@ -269,3 +269,14 @@ def test_deepspeed_is_imported_only_when_a_stage_needs_it():
         "heavy = {'deepspeed', 'megatron', 'ray', 'omegaconf'} & set(sys.modules); assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path.home())
+
+
+@pytest.mark.parametrize("zero", [1, 3])
+def test_deepspeeds_groups_wait_as_long_as_the_others(zero):
+    with process_group(timeout_seconds=7):
+        engine = Engine(TinyModel(), ParallelDims(zero=zero), OPTIONS)
+        backends = [
+            group._get_backend(torch.device("cpu")) for group in torch.distributed.distributed_c10d._world.pg_map
+        ]
+        assert {backend.options._timeout.total_seconds() for backend in backends} == {7.0}
+        engine.close()
