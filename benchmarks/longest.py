@@ -1,7 +1,7 @@
 """The longest row that a model trains on: whole steps, masters in fp32, the update included, rows of growing length.
 
 A row lies on all GPUs of the run as one context group, under ZeRO 1. The peaks of the last two rows say how far memory
-reaches: the next row is a little shorter than that, at most four times as long as the last and at least a granule
+reaches: the next row is a little shorter than that, at most twice as long as the last and at least a granule
 longer, until memory is out. `--cap-gib` makes a larger GPU as small as another; what CUDA and NCCL take beside tensors
 counts.
 """
@@ -29,7 +29,7 @@ from .ranks import OUT_OF_MEMORY, Place, run_ranks, settle
 from .steps import batch_of, engine_of, load_of, release, take_step
 
 # How much of the length that memory seems to reach is tried, and how many times the last row.
-SHARE, LEAP = 0.95, 4
+SHARE, LEAP = 0.95, 2
 # In tokens: what one 80 GB GPU is to reach, and how many times that two are.
 TARGETS, GAIN = {"full": 256 * 1024, "offload": 512 * 1024}, 2.1
 FAILED = "failed.json"

@@ -33,7 +33,7 @@ from longscan.parallel import ParallelDims
 from . import curves, longest, steps
 from . import record as recording
 from .ranks import Place, mean_over_ranks, over_ranks, run_ranks, seconds
-from .stacks import Shape, Stack, Traffic, silent_group
+from .stacks import Shape, Stack, Traffic, silent_group, zeros_received
 from .steps import load_of, tokens_of
 
 ALONE = ParallelDims(zero=0)
@@ -133,10 +133,11 @@ def expose(place: Place, shape: Shape, dims: ParallelDims, silent: dist.ProcessG
     stack = Stack(shape, dims, place.device)
     group, times = stack.loss.context, {}
     # In turns, for a GPU's clock changes as it warms.
-    for _ in range(2):
-        for context in (group, silent):
-            stack.loss.context = context
-            times[context] = min(seconds(stack.step, place.device), times.get(context, float("inf")))
+    with zeros_received():
+        for _ in range(2):
+            for context in (group, silent):
+                stack.loss.context = context
+                times[context] = min(seconds(stack.step, place.device), times.get(context, float("inf")))
     exposed = 100 * (1 - times[silent] / times[group])
     place.note(shape.name, f"exchanges not hidden, context={place.size}", exposed, "% of fwd+bwd", 3.0)
 

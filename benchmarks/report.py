@@ -14,12 +14,13 @@ from .targets import TARGETS
 
 DOCS = ROOT / "docs"
 # The benches on the kernels' page.
-OF_KERNELS = ("kernels", "first_call", "sanitize", "profile")
+# Benches with a page of their own.
+ELSEWHERE = ("kernels", "first_call", "sanitize", "profile", "small_models")
 HEAD = """# What was measured
 
 Made by `python -m benchmarks.report` from `benchmarks/results/`; `python -m benchmarks.<bench>` measures a bench again.
 The newest figure of each kind stands. Machines are shared: read ratios and medians, not single times.
-The kernels have [a page of their own](kernels-measured.md).
+The kernels have [a page of their own](kernels-measured.md), and so have [the small models](small-models.md).
 """
 KERNELS_HEAD = """# The kernels, measured
 
@@ -39,7 +40,7 @@ def page() -> str:
     """The page of all benches but the kernels': a section a bench and device, a row a figure."""
     parts, section = [HEAD], None
     for figure in newest():
-        if figure["bench"] in OF_KERNELS:
+        if figure["bench"] in ELSEWHERE:
             continue
         if (figure["bench"], figure["device"]) != section:
             section = (figure["bench"], figure["device"])
@@ -196,12 +197,14 @@ def _versions(figure: Figure) -> str:
 
 def main() -> None:
     """Writes the pages and the plots."""
+    from . import small_models_page
     from .plot_kernels import draw
 
     measured = timings()
     (DOCS / "measured.md").write_text(page())
     (DOCS / "kernels-measured.md").write_text(kernels_page())
-    files = [DOCS / "measured.md", DOCS / "kernels-measured.md"]
+    small_models_page.write()
+    files = [DOCS / "measured.md", DOCS / "kernels-measured.md", DOCS / small_models_page.PAGE]
     if measured:
         device = measured[-1].device
         files += draw([timing for timing in measured if timing.device == device], DOCS / "figures")
