@@ -24,7 +24,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +119,7 @@ def measure(task: Task, threads: int) -> dict[str, Any]:
     text = choose_text(trained.open_corpus(), trained.tokenizer, lengths[-1], SCORED_TOKENS)
     scores = {length: score(trained.model, text, length) for length in lengths}
     result = {
-        "parameters": num_params(config.model),
+        "parameters": num_params(replace(config.model, vocab_size=0)),
         "tokens": sum(step["tokens"] for step in steps),
         "length": trained_length,
         "heldout": heldout(task.folder),

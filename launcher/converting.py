@@ -187,12 +187,16 @@ class Importing:
     def _entry(self, link: published.Link) -> published.Entry:
         return self.weights.entries[self.stored[link.theirs]]
 
+    def read(self, link: published.Link) -> list[Tensor]:
+        """The parameters of `link` in fp32."""
+        return link.to_ours(self.weights.read(self.stored[link.theirs]).float())
+
     def _tensors(self) -> Iterator[Tensor]:
         """The parameters in fp32, in the order of the links; notes those that would not come back as they were."""
         for link in self.links:
             theirs = self.weights.read(self.stored[link.theirs])
-            ours = [tensor.float() for tensor in link.to_ours(theirs.float())]
-            if not torch.equal(link.to_theirs(ours).to(theirs.dtype), theirs):
+            ours = link.to_ours(theirs.float())
+            if not same_bits(link.to_theirs(ours).to(theirs.dtype), theirs):
                 self.rounded.append(link.theirs)
             yield from ours
 
@@ -207,7 +211,7 @@ class Importing:
         loading = (
             "```sh\n"
             f"longscan generate {target.name} 'Once upon a time'\n"
-            f"longscan train {target.name} data.corpora=CORPUS stages=[{{seq_len: 8192, tokens: 1B}}] "
+            f"longscan train {target.name} data.corpora=CORPUS 'stages=[{{seq_len: 8192, tokens: 1B}}]' "
             f"--init-from {target.name} --run NEW_RUN\n"
             f"longscan convert {target.name} NEW_FOLDER\n"
             "```"
@@ -261,10 +265,10 @@ class Exporting:
         dtype = DTYPES[self.dtypes[link.theirs]]
         if self.originals and link.theirs in self.originals.entries:
             original = self.originals.read(link.theirs)
-            if original.dtype == dtype and all(map(torch.equal, link.to_ours(original.float()), ours)):
+            if original.dtype == dtype and all(map(same_bits, link.to_ours(original.float()), ours)):
                 return original
         theirs = link.to_theirs(ours).to(dtype)
-        self.rounded += not all(map(torch.equal, link.to_ours(theirs.float()), ours))
+        self.rounded += not all(map(same_bits, link.to_ours(theirs.float()), ours))
         return theirs
 
     def _write_config(self, path: Path) -> None:
@@ -346,6 +350,11 @@ def merged_tensor(manifest: Manifest, files: MappedFiles, name: str, lora: LoRAC
     return weight
 
 
+def same_bits(found: Tensor, expected: Tensor) -> bool:
+    """Whether two tensors of one dtype and shape hold the same bytes: NaNs are themselves, and 0 is not -0."""
+    return torch.equal(found.view(-1).view(torch.uint8), expected.view(-1).view(torch.uint8))
+
+
 def source_tokenizer(source: Path, said: dict[str, Any], name: str | None) -> Tokenizer:
     """The tokenizer `name`, else the source's, with the begin and end of document that config.json says."""
     if name == "bytes":
@@ -356,19 +365,24 @@ def source_tokenizer(source: Path, said: dict[str, Any], name: str | None) -> To
             "tokenizer.json, or bytes)"
         )
     file = Path(name) if name else source / "tokenizer.json"
-    bos, eos = (_special(file, said.get(key)) for key in ("bos_token_id", "eos_token_id"))
+    bos, eos = (_special(file, key, said.get(key)) for key in ("bos_token_id", "eos_token_id"))
     return load_tokenizer(str(file), bos, eos)
 
 
-def _special(file: Path, said: int | list[int] | None) -> str | None:
-    """The token that config.json gives the id of, the first where it gives several; None where the file has none."""
+def _special(file: Path, key: str, said: int | list[int] | None) -> str | None:
+    """The token whose id config.json gives under `key`, the first where it gives several; None where it gives none."""
     from tokenizers import Tokenizer as Engine
 
-    wanted = said[0] if isinstance(said, list) else said
+    wanted = said[0] if isinstance(said, list) and said else said
+    if wanted is None:
+        return None
     try:
-        return None if wanted is None else Engine.from_file(str(file)).id_to_token(wanted)
+        engine = Engine.from_file(str(file))
     except Exception as error:  # the library raises bare Exception
         raise ConfigError(f"{file} is not a Hugging Face tokenizer.json ({error})") from error
+    if not isinstance(wanted, int) or not 0 <= wanted < 2**32 or (token := engine.id_to_token(wanted)) is None:
+        raise ConfigError(f"config.json says {key}={said!r}, an id that {file} does not have; give the model's own")
+    return token
 
 
 def check_vocabulary(tokenizer: Tokenizer, model: ModelConfig, where: Path) -> None:

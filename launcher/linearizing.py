@@ -24,9 +24,10 @@ from ..errors import ConfigError
 from ..models import LanguageModel, ModelConfig
 from ..models.linearize import twin_config
 from ..parallel.checkpoint import read_manifest
+from ..parallel.checkpoint.storage import MappedFiles
 from ..parallel.loss import LossModule
 from .config import Config, checkpoint_config, flatten, resolve
-from .converting import SHARD_BYTES, Importing, direction
+from .converting import SHARD_BYTES, Importing, direction, same_bits, whole_tensor
 from .elastic.supervisor import Outcome, train
 from .merging import merge
 from .run_folder import RunFolder, standing, write_new
@@ -175,8 +176,21 @@ class Teacher:
             return
         meta = read_manifest(find_checkpoint(self.folder)[1]).meta
         there = (checkpoint_config(meta).model, meta["tokenizer"])
-        if "converted" not in meta or there != (self.model, self.fingerprint):
+        if "converted" not in meta or there != (self.model, self.fingerprint) or not self._last_block_is_there():
             raise ConfigError(f"{self.folder} is there and is not {self.source} converted; name another --run")
+
+    def _last_block_is_there(self) -> bool:
+        """Whether `folder` has the source's last block, bit for bit: a model trained otherwise differs there."""
+        assert self.importing is not None
+        checkpoint = find_checkpoint(self.folder)[1]
+        manifest, files = read_manifest(checkpoint), MappedFiles(checkpoint)
+        last = f"blocks.{self.model.layers - 1}."
+        return all(
+            same_bits(whole_tensor(manifest, files, f"weight/{name}"), tensor)
+            for link in self.importing.links
+            if link.ours[0].startswith(last)
+            for name, tensor in zip(link.ours, self.importing.read(link), strict=True)
+        )
 
 
 def check_folders(run: Path, teacher: Path) -> None:

@@ -41,5 +41,6 @@ tags: [longscan, {family.name}]
 
 {loading}
 
-{points}The license is that of the weights it was made from; this page grants none.
+{points}
+The license is that of the weights it was made from; this page grants none.
 """

@@ -1,7 +1,9 @@
 """`longscan convert`: the same function and the same bytes both ways, and nothing written where something is wrong."""
 
 import json
+import math
 import pkgutil
+import shlex
 import sys
 import weakref
 from dataclasses import replace
@@ -100,8 +102,11 @@ def test_a_converted_model_is_a_run_that_opens(source, tmp_path, name):
     info = trained.tokenizer.info
     said = json.loads((folder / "config.json").read_text())
     assert (info.bos_id, info.eos_id) == (said["bos_token_id"], said["eos_token_id"])
-    assert "longscan generate run" in (tmp_path / "run" / "README.md").read_text()
-    assert "parameters | " in (tmp_path / "run" / "README.md").read_text()
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "longscan generate run" in card
+    command = next(shlex.split(line) for line in card.splitlines() if line.startswith("longscan train"))
+    assert "stages=[{seq_len: 8192, tokens: 1B}]" in command
+    assert "parameters | " in card
 
 
 def test_sharded_files_both_ways(source, tmp_path):
@@ -158,6 +163,17 @@ def test_dtype_and_what_is_rounded(source, tmp_path):
     assert (tmp_path / "back" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
     found = load_file(tmp_path / "rounded" / "huggingface" / "model.safetensors")
     assert found.keys() == {"model.norm.weight"}
+
+
+def test_bytes_are_compared_and_not_numbers(source, tmp_path):
+    folder = source("llama")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][0] = -0.0  # (-0 - 1) + 1 is 0
+    tensors["lm_head.weight"][0, 0] = math.nan
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    assert convert(folder, tmp_path / "run").rounded == 1
+    assert convert(tmp_path / "run", tmp_path / "back").rounded == 0
+    assert (tmp_path / "back" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
 
 
 def test_trained_from_a_converted_model_and_back(corpus, tmp_path):
@@ -264,6 +280,9 @@ BAD = {
     "only a pickle": (only_a_pickle, UserError, r"pytorch_model.bin is a pickle, which is never read"),
     "lost shard": (lost_shard, UserError, r"model-2.safetensors \(missing\)"),
     "wrong index": (wrong_index, UserError, r"holds no x, which model.safetensors.index.json says"),
+    "no such end": (change_config(eos_token_id=64), ConfigError, r"eos_token_id=64, an id that .* does not have"),
+    "no end": (change_config(eos_token_id=[]), ConfigError, r"eos_token_id=\[\], an id"),
+    "no id": (change_config(bos_token_id=["<s>"]), ConfigError, r"bos_token_id=\['<s>'\], an id"),
     "larger tokenizer": (lambda folder: write_tokenizer(folder, 65), ConfigError, r"has 64 rows and the tokenizer 65"),
     "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), ConfigError, r"has no tokenizer.json"),
     "no tokenizer.json": (

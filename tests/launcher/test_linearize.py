@@ -19,7 +19,7 @@ from longscan.launcher import cli
 from longscan.launcher.config import resolve
 from longscan.launcher.converting import convert, whole_tensor
 from longscan.launcher.elastic.supervisor import train
-from longscan.launcher.linearizing import linearize
+from longscan.launcher.linearizing import Teacher, linearize
 from longscan.launcher.run_folder import RunFolder
 from longscan.launcher.trained import open_trained
 from longscan.launcher.validate import check_run, validate
@@ -265,6 +265,19 @@ def test_folders_that_exist(corpus, tmp_path):
     with pytest.raises(ConfigError, match="was not begun from"):
         start(source, tmp_path / "run", corpus)
     assert {path.name for path in tmp_path.iterdir()} == {"llama", "run"}
+
+
+def test_a_teacher_of_other_weights(corpus, tmp_path):
+    source = llama(tmp_path / "llama")
+    convert(source, tmp_path / "run-teacher", tokenizer="bytes")
+    teacher = Teacher(source, "bytes", tmp_path / "run-teacher")
+    teacher.write()
+    weights = load_file(source / "model.safetensors")
+    weights[f"model.layers.{LAYERS - 1}.mlp.up_proj.weight"][0, 0] += 1
+    save_file(weights, source / "model.safetensors")
+    with pytest.raises(ConfigError, match="is there and is not .* converted"):
+        start(source, tmp_path / "run", corpus)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
