@@ -15,8 +15,9 @@ def check_tensor(name: str, tensor: Tensor, shape: tuple[int | None, ...], like:
     if tensor.dtype not in FLOATS:
         raise TypeError(f"{name} is {tensor.dtype}, expected a floating type")
     actual = tuple(tensor.shape)
-    if len(actual) != len(shape) or any(
-        n < 1 if want is None else n != want for n, want in zip(actual, shape, strict=True)
+    if actual != shape and (
+        len(actual) != len(shape)
+        or any(n < 1 if want is None else n != want for n, want in zip(actual, shape, strict=True))
     ):
         expected = ", ".join("any" if want is None else str(want) for want in shape)
         raise ValueError(f"{name} has shape {list(actual)}, expected [{expected}]")
@@ -40,3 +41,8 @@ def check_segments(segments: Segments | None, like: Tensor) -> None:
 def resets_of(segments: Segments | None) -> Tensor | None:
     """bool [B, T], where a recurrence starts afresh; None where the piece is one run of tokens."""
     return None if segments is None else segments.resets
+
+
+def documents_of(segments: Segments | None) -> Tensor | None:
+    """int32 [B, T], the document of each token, as `Segments.documents`; None where the piece is one run of tokens."""
+    return None if segments is None else segments.documents

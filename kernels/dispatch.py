@@ -18,6 +18,8 @@ from ..errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
+_HERE = contextlib.nullcontext()
+
 _HALF_AND_SINGLE = frozenset({torch.float32, torch.float16, torch.bfloat16})
 # The dtypes each op's Triton kernel takes; an op that is not listed has none.
 KERNELS = {
@@ -82,5 +84,6 @@ def log_choice(op: str, device_type: str, dtype: torch.dtype, asked: str, chosen
 
 
 def on(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
-    """Launches inside go to the tensor's GPU; nothing to do for the interpreter."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+    """Launches inside go to the tensor's GPU; nothing to do where that is the current one, or for the interpreter."""
+    elsewhere = tensor.is_cuda and tensor.device.index != torch.cuda.current_device()
+    return torch.cuda.device(tensor.device) if elsewhere else _HERE

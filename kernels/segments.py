@@ -62,6 +62,11 @@ class Segments:
         return torch.cat([first, starts[:, 1:]], dim=1)
 
     @_kept
+    def documents(self) -> Tensor:
+        """int32 [B, T], each token's document counted from the row's first; 0 for one begun before the piece."""
+        return self.resets.cumsum(1, dtype=torch.int32)
+
+    @_kept
     def positions(self) -> Tensor:
         """int64 [B, T], each token's position in its document, counted from 0."""
         index = torch.arange(self.tokens, device=self.doc_start.device)

@@ -29,6 +29,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..dispatch import on
+from ..sizes import cdiv, next_power_of_2
 from .scoring import Scoring, statistics_shape
 
 LOG2_E = math.log2(math.e)
@@ -648,14 +650,14 @@ def _launch(
     work: str, kernel: Any, tensors: Sequence[Tensor | None], q: Tensor, k: Tensor, v: Tensor, scoring: Scoring, *last
 ) -> None:
     """Runs a pass: a program for each block of its rows ("forward", "dq") or keys, key head and batch row."""
-    block_k, block_v = (max(16, triton.next_power_of_2(t.shape[3])) for t in (q, v))
+    block_k, block_v = (max(16, next_power_of_2(t.shape[3])) for t in (q, v))
     batch, tokens, heads, _ = q.shape
     groups = heads // k.shape[2]
     farthest = tokens - scoring.key_offset
     window = farthest if scoring.window is None else min(scoring.window, farthest)
     tile = tile_of(work, q.dtype, max(block_k, block_v), groups, window)
     by_rows = work in ("forward", "dq")
-    blocks = triton.cdiv(tokens * groups, tile.rows) if by_rows else triton.cdiv(k.shape[1], tile.keys)
+    blocks = cdiv(tokens * groups, tile.rows) if by_rows else cdiv(k.shape[1], tile.keys)
     kernel[blocks, k.shape[2], batch](
         *tensors,
         tokens,
@@ -700,7 +702,8 @@ def _until(k: Tensor, scoring: Scoring) -> Tensor | None:
     if doc_start is None:
         return None
     positions = torch.arange(offset, k.shape[1] + offset, dtype=torch.int32, device=k.device)
-    return torch.searchsorted(doc_start, positions.repeat(k.shape[0], 1), right=True, out_int32=True)
+    positions = positions.expand(k.shape[0], -1).contiguous()
+    return torch.searchsorted(doc_start, positions, right=True, out_int32=True)
 
 
 def _packed(*tensors: Tensor | None) -> list[Any]:
@@ -710,8 +713,6 @@ def _packed(*tensors: Tensor | None) -> list[Any]:
 
 def _on(tensor: Tensor) -> contextlib.AbstractContextManager:
     """Launches inside go to the tensor's GPU; nothing to do for the interpreter, which cannot compute in bf16."""
-    if tensor.is_cuda:
-        return torch.cuda.device(tensor.device)
-    if tensor.dtype == torch.bfloat16:
+    if tensor.dtype == torch.bfloat16 and not tensor.is_cuda:
         raise ValueError("attention: Triton's interpreter computes bfloat16 products wrongly; use float16 or float32")
-    return contextlib.nullcontext()
+    return on(tensor)

@@ -1,6 +1,6 @@
 """attention as a differentiable op: checks, dispatch, autograd. The maths is in reference.py and kernel.py.
 
-Each pass is one custom operator, opaque to torch.compile and to activation checkpointing. Saved for the backward
+Each pass is one step (opaque.py) to torch.compile and to activation checkpointing. Saved for the backward
 pass: the inputs, y and the log-sum-exp of the scores.
 """
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..checks import check_segments, check_tensor
 from ..dispatch import log_choice, resolve
+from ..opaque import opaque
 from ..segments import Segments
 from . import reference, sdpa
 from .scoring import Scoring, statistics_shape
@@ -116,7 +117,7 @@ def _module(implementation: str, q: Tensor, k: Tensor, v: Tensor, scoring: Scori
     return kernel
 
 
-@torch.library.custom_op("longscan::attention", mutates_args=())
+@opaque("attention")
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -132,7 +133,7 @@ def _forward(
     return _module(implementation, q, k, v, scoring).forward(q, k, v, scoring)
 
 
-@torch.library.custom_op("longscan::attention_backward", mutates_args=())
+@opaque("attention_backward")
 def _backward(
     dy: Tensor,
     q: Tensor,

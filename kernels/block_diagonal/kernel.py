@@ -23,6 +23,7 @@ indices i_.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -290,6 +291,7 @@ def _store_sums(pointer, sums, first, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
             tl.store(pointer + o_row[:, None] * SIDE + o_column[None, :], sums[i * len(COLUMNS) + j], mask=mask)
 
 
+@functools.cache
 def pieces(side: int, least: int, most: int) -> tuple[tuple[int, int], ...]:
     """(begin, size) of powers of two from `least` to `most` that cover `side`, beyond it only by their last."""
     found, begin = [], 0
@@ -350,6 +352,7 @@ def plan(weight: Tensor, tile: Tile) -> Plan:
     return Plan(blocks, side, side if side <= whole else GROUP, tile)
 
 
+@functools.cache
 def _shared_memory(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
 

@@ -1,6 +1,6 @@
 """gate_projections as a differentiable op: checks, dispatch, autograd. The maths is in reference.py and kernel.py.
 
-The kernel's passes are custom operators, opaque to torch.compile and to activation checkpointing; the reference is
+The kernel's passes are steps (opaque.py) to torch.compile and to activation checkpointing; the reference is
 plain PyTorch. Saved for the backward pass: x and the weights.
 """
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..checks import check_tensor
 from ..dispatch import CannotRun, resolve
+from ..opaque import opaque
 from . import reference
 
 # Channels a block of the kernel: the sums of a wider block's weight gradients fill the registers.
@@ -75,14 +76,14 @@ def _implementation(asked: str, x: Tensor, side: int) -> str:
     return chosen
 
 
-@torch.library.custom_op("longscan::gate_projections", mutates_args=())
+@opaque("gate_projections")
 def _forward(x: Tensor, weight_a: Tensor, bias_a: Tensor, weight_x: Tensor, bias_x: Tensor) -> tuple[Tensor, Tensor]:
     from . import kernel
 
     return kernel.forward(x, weight_a, bias_a, weight_x, bias_x)
 
 
-@torch.library.custom_op("longscan::gate_projections_backward", mutates_args=())
+@opaque("gate_projections_backward")
 def _backward(
     dgate_a: Tensor, dgate_x: Tensor, x: Tensor, weight_a: Tensor, weight_x: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -108,8 +109,10 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(x, weight_a, weight_x)
 
 
-def _gradients(ctx, dgate_a: Tensor, dgate_x: Tensor):
-    dx, dweight, dbias = _backward(dgate_a, dgate_x, *ctx.saved_tensors)
+def _gradients(ctx, *gradients: Tensor | None):
+    saved = ctx.saved_tensors
+    dgate_a, dgate_x = (torch.zeros_like(saved[0]) if g is None else g for g in gradients)
+    dx, dweight, dbias = _backward(dgate_a, dgate_x, *saved)
     return dx, dweight[0], dbias[0], dweight[1], dbias[1]
 
 

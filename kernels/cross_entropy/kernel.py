@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dispatch import on
+from ..sizes import cdiv, next_power_of_2
 from .chunks import processors
 from .reference import Pieces
 
@@ -252,9 +253,9 @@ def gradient_(
     """Overwrites the logits by their gradient; by_total, by_target and by_spread are [n]."""
     coefficients = [t.contiguous() for t in (highest, by_total, by_target, by_spread)]
     rows, columns = logits.shape
-    block = min(PART, triton.next_power_of_2(columns))
+    block = min(PART, next_power_of_2(columns))
     with on(logits):
-        _gradient[rows, triton.cdiv(columns, block)](
+        _gradient[rows, cdiv(columns, block)](
             logits, labels, *coefficients, columns, cap, CAPPED=cap != 0, BLOCK=block, num_warps=PART_WARPS
         )
 
@@ -275,7 +276,7 @@ def loss_and_gradient_(
 def _plan(logits: Tensor, cap: float) -> tuple[int, dict[str, Any]]:
     """(programs, compile-time sizes) of a pass that needs whole rows' sums."""
     rows, columns = logits.shape
-    block = int(triton.next_power_of_2(columns))
+    block = next_power_of_2(columns)
     options = {"CAPPED": cap != 0, "BLOCK": min(BLOCK, block), "LANES": 0, "STAGES": 1, "num_warps": WARPS}
     if block * logits.element_size() > (WHOLE // 4 if cap else WHOLE):
         return rows, options

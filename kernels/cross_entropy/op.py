@@ -2,7 +2,7 @@
 
 Two ways. A summed loss computes its gradients in the forward pass, chunk by chunk, and the backward pass scales them:
 three matrix products. The pieces of a vocabulary slice, and a loss per row, keep only four numbers a row and compute
-the logits anew in the backward pass: four. Each pass is one custom operator, opaque to torch.compile.
+the logits anew in the backward pass: four. Each pass is one step (opaque.py) to torch.compile.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..checks import check_tensor
 from ..dispatch import resolve
+from ..opaque import opaque
 from . import chunks, reference
 from .reference import Pieces
 
@@ -148,7 +149,7 @@ def _module(implementation: str, hidden: Tensor) -> ModuleType:
     return kernel
 
 
-@torch.library.custom_op("longscan::linear_cross_entropy", mutates_args=())
+@opaque("linear_cross_entropy")
 def _forward(
     hidden: Tensor,
     weight: Tensor,
@@ -172,13 +173,13 @@ def _forward(
     return losses.sum(), dhidden, dweight
 
 
-@torch.library.custom_op("longscan::scaled", mutates_args=())
+@opaque("scaled")
 def _scaled(tensor: Tensor, factor: Tensor, like: Tensor) -> Tensor:
     """tensor * factor in the dtype of `like`, in one pass."""
     return torch.mul(tensor, factor, out=torch.empty_like(tensor, dtype=like.dtype))
 
 
-@torch.library.custom_op("longscan::vocabulary_pieces", mutates_args=())
+@opaque("vocabulary_pieces")
 def _pieces(
     hidden: Tensor, weight: Tensor, labels: Tensor, cap: float, implementation: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -186,7 +187,7 @@ def _pieces(
     return chunks.pieces(softmax, hidden.contiguous(), weight.contiguous(), labels.contiguous(), cap)
 
 
-@torch.library.custom_op("longscan::vocabulary_pieces_backward", mutates_args=())
+@opaque("vocabulary_pieces_backward")
 def _pieces_backward(
     hidden: Tensor,
     weight: Tensor,
@@ -240,14 +241,10 @@ def _like(tensor: Tensor) -> Tensor:
 def _save(ctx, inputs, output):
     hidden, weight = inputs[:2]
     _, dhidden, dweight = output
-    # Else the backward pass is given zeros the size of both gradients.
-    ctx.set_materialize_grads(False)
     ctx.save_for_backward(hidden, weight, dhidden, dweight)
 
 
-def _gradients(ctx, dloss: Tensor | None, *_):
-    if dloss is None:
-        return (None,) * 8
+def _gradients(ctx, dloss: Tensor, *_):
     hidden, weight, dhidden, dweight = ctx.saved_tensors
     return _scaled(dhidden, dloss, hidden), _scaled(dweight, dloss, weight), *[None] * 6
 
@@ -257,9 +254,10 @@ def _save_pieces(ctx, inputs, output):
     ctx.save_for_backward(hidden, weight, labels, output[0])
 
 
-def _pieces_gradients(ctx, _, by_total: Tensor, by_target: Tensor, by_spread: Tensor):
-    by = (by_total, by_target, by_spread)
-    return *_pieces_backward(*ctx.saved_tensors, *by, ctx.cap, ctx.implementation), None, None, None
+def _pieces_gradients(ctx, _, *gradients: Tensor | None):
+    *_, highest = saved = ctx.saved_tensors
+    by = (torch.zeros_like(highest) if g is None else g for g in gradients)
+    return *_pieces_backward(*saved, *by, ctx.cap, ctx.implementation), None, None, None
 
 
 _forward.register_autograd(_gradients, setup_context=_save)

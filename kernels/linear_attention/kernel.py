@@ -33,6 +33,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dispatch import on
+from ..sizes import cdiv, next_power_of_2
 
 # Programs of a walk that fill a GPU of 132 SMs, and so many that cutting rows no longer pays for the second reading.
 PROGRAMS, ENOUGH = 396, 128
@@ -89,7 +90,7 @@ class Plan:
     @property
     def chunks(self) -> int:
         """Chunks a row."""
-        return triton.cdiv(self.tokens, self.chunk)
+        return cdiv(self.tokens, self.chunk)
 
     def empty_states(self, count: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """[B, Hkv, count, slots, K, W]."""
@@ -105,7 +106,7 @@ class Plan:
 
 
 def _padded(width: int) -> int:
-    return max(16, triton.next_power_of_2(width))
+    return max(16, next_power_of_2(width))
 
 
 def _cut(tokens: int, rows: int, value_dim: int) -> tuple[int, int]:
@@ -125,7 +126,7 @@ def plan(q: Tensor | None, k: Tensor, v: Tensor, groups: Tensor | None, normaliz
     odd = (key_dim | v.shape[3]) % 2
     narrow = k.dtype == torch.bfloat16 and not odd
     wide_chunk = WIDE_CHUNK if max(key_dim, v.shape[3]) <= 64 else WIDE_CHUNK // 2
-    chunk = min(CHUNK if narrow else wide_chunk, UNIT, max(16, triton.next_power_of_2(tokens)))
+    chunk = min(CHUNK if narrow else wide_chunk, UNIT, max(16, next_power_of_2(tokens)))
     # The interpreter multiplies the bits of bf16; there the operands are fp32.
     operand = tl.bfloat16 if narrow and k.is_cuda else tl.float32
     precision = "ieee" if k.dtype == torch.float32 or odd else "tf32"
@@ -637,7 +638,7 @@ def forward(
 
 def backward(
     dy: Tensor,
-    dfinal: Tensor,
+    dfinal: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -775,7 +776,7 @@ def _folded(cut: Plan, sums: Tensor, rows: Rows, initial: Tensor | None, reverse
         decays = torch.nn.functional.pad(rows.decay, [0, missing]).unflatten(2, (cut.pieces, cut.span)).sum(-1)
     size = cut.key_dim * cut.width
     block = 256
-    _fold[(triton.cdiv(size, block), cut.batch * cut.key_heads)](
+    _fold[(cdiv(size, block), cut.batch * cut.key_heads)](
         sums, initial, decays, rows.documents, rows.groups, entering, last, cut.tokens, cut.key_heads, size, cut.span,
         cut.pieces, BLOCK=block, REVERSE=reverse, num_warps=2,
     )  # fmt: skip
@@ -827,7 +828,7 @@ def _run(
     tile = cut.tile(x_dim, u_dim)
     shared = cut.heads // cut.key_heads
     heads = cut.key_heads if reverse or out is None else cut.heads
-    _walk[(triton.cdiv(u_dim, tile.block), cut.batch * heads, cut.pieces)](
+    _walk[(cdiv(u_dim, tile.block), cut.batch * heads, cut.pieces)](
         x, y, u, out, result, inverse, drop, *rows, entering, leaving, states, scale, eps,
         heads=heads, x_dim=x_dim, u_dim=u_dim, span=cut.span, pieces=cut.pieces, BLOCK_X=_padded(x_dim),
         BLOCK_U=tile.block, SHARED=heads // cut.key_heads, SHARING=shared if reverse else 1, NORMALIZE=normalize,

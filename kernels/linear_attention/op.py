@@ -1,6 +1,6 @@
 """linear_attention as a differentiable op: checks, dispatch, autograd. The maths is in reference.py and kernel.py.
 
-The kernel's passes are custom operators, opaque to torch.compile and to activation checkpointing; the reference is
+The kernel's passes are steps (opaque.py) to torch.compile and to activation checkpointing; the reference is
 plain PyTorch. Saved for the kernel's backward pass: the inputs, y, the inverse of the normaliser and the states at a
 few cuts of the row, as many as fill the GPU.
 """
@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import check_segments, check_tensor, resets_of
+from ..checks import check_segments, check_tensor, documents_of, resets_of
 from ..dispatch import resolve
 from ..from_right import FromRight, with_right
+from ..opaque import opaque
 from ..segments import Segments
 from . import reference
 
@@ -78,7 +79,7 @@ def linear_attention(
         check_tensor("initial_state", initial_state, _state_shape(k, v, group, normalize), k)
         initial_state = initial_state.to(_state_dtype(q, k, v))
         initial_state = initial_state[:, :, None] if group is None else initial_state
-    decay, ids = _decay(log_a, segments, q, k, v), (_documents(segments), _groups(segments, k, group))
+    decay, ids = _decay(log_a, segments, q, k, v), (documents_of(segments), _groups(segments, k, group))
     forward, adjoint = reference.forward, reference.adjoint
     if _resolve(implementation, q, k, v) == "triton":
         forward, adjoint = _forward, _adjoint
@@ -113,7 +114,7 @@ def linear_attention_summarize(
             group [B, Hkv, 2, 1, 1], the second exactly 0 where the piece begins a group.
     """
     _check(k, v, log_a, segments, group)
-    documents, groups = _documents(segments), _groups(segments, k, group)
+    documents, groups = documents_of(segments), _groups(segments, k, group)
     decay = _decay(log_a, segments, k, v)
     module = reference.summarize if _resolve(implementation, k, v) == "reference" else _summarize
     state = module(k, v, decay, documents, groups, normalize)
@@ -191,12 +192,6 @@ def _resolve(implementation: str, *inputs: Tensor) -> str:
     return chosen
 
 
-def _documents(segments: Segments | None) -> Tensor | None:
-    """int32 [B, T], each token's document counted from the row's first; 0 for one begun before the piece."""
-    resets = resets_of(segments)
-    return None if resets is None else resets.cumsum(1, dtype=torch.int32)
-
-
 def _groups(segments: Segments | None, k: Tensor, group: int | None) -> Tensor | None:
     """int32 [B, T], each token's group counted over the row's documents; 0 for one begun before the piece."""
     if group is None:
@@ -232,7 +227,7 @@ def _state_dtype(*inputs: Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in inputs) else torch.float32
 
 
-@torch.library.custom_op("longscan::linear_attention", mutates_args=())
+@opaque("linear_attention")
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -250,10 +245,10 @@ def _forward(
     return kernel.forward(q, k, v, decay, initial, documents, groups, scale, normalize, eps)
 
 
-@torch.library.custom_op("longscan::linear_attention_backward", mutates_args=())
+@opaque("linear_attention_backward")
 def _backward(
     dy: Tensor,
-    dfinal: Tensor,
+    dfinal: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -271,7 +266,7 @@ def _backward(
     return kernel.backward(dy, dfinal, q, k, v, decay, documents, groups, y, inverse, entering, scale, normalize)
 
 
-@torch.library.custom_op("longscan::linear_attention_summarize", mutates_args=())
+@opaque("linear_attention_summarize")
 def _summarize(
     k: Tensor, v: Tensor, decay: Tensor | None, documents: Tensor | None, groups: Tensor | None, normalize: bool
 ) -> Tensor:
@@ -280,7 +275,7 @@ def _summarize(
     return kernel.summarize(k, v, decay, documents, groups, normalize)
 
 
-@torch.library.custom_op("longscan::linear_attention_summarize_backward", mutates_args=())
+@opaque("linear_attention_summarize_backward")
 def _summarize_backward(
     dstate: Tensor,
     k: Tensor,
@@ -313,7 +308,8 @@ def _(q, k, v, decay, initial, documents, groups, scale, normalize, eps):
 @_backward.register_fake
 def _(dy, dfinal, q, k, v, decay, documents, groups, y, inverse, entering, scale, normalize):
     ddecay = q.new_empty(0) if decay is None else decay.new_empty(decay.shape)
-    return *(t.new_empty(t.shape) for t in (q, k, v)), ddecay, dfinal.new_empty(dfinal.shape)
+    dinitial = q.new_empty(_slotted_shape(k, v, groups, normalize), dtype=torch.float32)
+    return *(t.new_empty(t.shape) for t in (q, k, v)), ddecay, dinitial
 
 
 @_summarize.register_fake
@@ -333,8 +329,9 @@ def _save_forward(ctx, inputs, output):
     ctx.save_for_backward(q, k, v, decay, documents, groups, y, inverse, entering)
 
 
-def _forward_gradients(ctx, dy: Tensor, dfinal: Tensor, *_):
-    saved = ctx.saved_tensors
+def _forward_gradients(ctx, dy: Tensor | None, dfinal: Tensor | None, *_):
+    *_, y, _, _ = saved = ctx.saved_tensors
+    dy = torch.zeros_like(y) if dy is None else dy
     *inputs, ddecay, dinitial = _backward(dy, dfinal, *saved, ctx.scale, ctx.normalize)
     decays = saved[3] is not None
     return *inputs, ddecay if decays else None, dinitial if ctx.enters else None, None, None, None, None, None

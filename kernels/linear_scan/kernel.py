@@ -39,6 +39,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dispatch import on
+from ..sizes import next_power_of_2
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -336,7 +337,7 @@ def forward(x: Tensor, log_a: Tensor, initial: Tensor | None, resets: Tensor | N
 
 def backward(
     dh: Tensor | None,
-    dfinal: Tensor,
+    dfinal: Tensor | None,
     extra: Tensor | None,
     log_a: Tensor,
     h: Tensor,
@@ -370,7 +371,7 @@ def launch(kernel: Any, tiles: tuple[Tile, Tile], like: Tensor, *arguments: Tens
     """Runs a pass over [B, T, D] of `like`, on its GPU."""
     batch, tokens, width = like.shape
     tile = choose(tiles, tokens)
-    block = min(tile.block, max(16, 1 << (width - 1).bit_length()))
+    block = min(tile.block, max(16, next_power_of_2(width)))
     count = tile.count(tokens)
     # The pairs that tiles publish, none there yet, and after them the counter of tickets.
     words = torch.zeros(batch * count * width + 1, dtype=torch.int64, device=like.device)

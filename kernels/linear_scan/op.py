@@ -1,6 +1,6 @@
 """linear_scan as a differentiable op: checks, dispatch, autograd. The maths is in reference.py and kernel.py.
 
-Each pass is one custom operator, opaque to torch.compile and to activation checkpointing. Saved for the backward
+Each pass is one step (opaque.py) to torch.compile and to activation checkpointing. Saved for the backward
 pass: the inputs and h.
 """
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from ..checks import check_segments, check_tensor, resets_of
 from ..dispatch import resolve
 from ..from_right import FromRight, with_right
+from ..opaque import opaque
 from ..segments import Segments
 from . import reference
 
@@ -100,17 +101,17 @@ def _adjoint(implementation: str, dh: Tensor, log_a: Tensor, resets: Tensor | No
     return _module(implementation, dh, log_a).adjoint(dh, log_a, resets)
 
 
-@torch.library.custom_op("longscan::linear_scan", mutates_args=())
+@opaque("linear_scan")
 def _forward(
     x: Tensor, log_a: Tensor, initial: Tensor | None, resets: Tensor | None, implementation: str
 ) -> tuple[Tensor, Tensor]:
     return _module(implementation, x, log_a).forward(x, log_a, initial, resets)
 
 
-@torch.library.custom_op("longscan::linear_scan_backward", mutates_args=())
+@opaque("linear_scan_backward")
 def _backward(
     dh: Tensor | None,
-    dfinal: Tensor,
+    dfinal: Tensor | None,
     extra: Tensor | None,
     log_a: Tensor,
     h: Tensor,
@@ -121,7 +122,7 @@ def _backward(
     return _module(implementation, h, log_a).backward(dh, dfinal, extra, log_a, h, initial, resets)
 
 
-@torch.library.custom_op("longscan::linear_scan_summarize", mutates_args=())
+@opaque("linear_scan_summarize")
 def _summarize(x: Tensor, log_a: Tensor, resets: Tensor | None, implementation: str) -> tuple[Tensor, Tensor]:
     return _module(implementation, x, log_a).summarize(x, log_a, resets)
 
@@ -137,7 +138,7 @@ def _(dh, dfinal, extra, log_a, h, initial, resets, implementation):
     return (
         torch.empty_like(h, memory_format=contiguous),
         torch.empty_like(log_a, memory_format=contiguous),
-        torch.empty_like(dfinal, memory_format=contiguous),
+        _state_like(h, log_a),
     )
 
 
@@ -155,7 +156,7 @@ def _save_forward(ctx, inputs, output):
     ctx.save_for_backward(log_a, output[0], initial, resets)
 
 
-def _forward_gradients(ctx, dh: Tensor, dfinal: Tensor):
+def _forward_gradients(ctx, dh: Tensor | None, dfinal: Tensor | None):
     log_a, h, initial, resets = ctx.saved_tensors
     dx, dlog_a, dinitial = _backward(dh, dfinal, None, log_a, h, initial, resets, ctx.implementation)
     return dx, dlog_a, None if initial is None else dinitial, None, None
@@ -166,10 +167,11 @@ def _save_summary(ctx, inputs, output):
     ctx.save_for_backward(x, log_a, resets, output[1])
 
 
-def _summary_gradients(ctx, dstate: Tensor, dtransition: Tensor):
+def _summary_gradients(ctx, dstate: Tensor | None, dtransition: Tensor | None):
     x, log_a, resets, transition = ctx.saved_tensors
     h, _ = _forward(x, log_a, None, resets, ctx.implementation)
-    dx, dlog_a, _ = _backward(None, dstate, dtransition * transition, log_a, h, None, resets, ctx.implementation)
+    extra = None if dtransition is None else dtransition * transition
+    dx, dlog_a, _ = _backward(None, dstate, extra, log_a, h, None, resets, ctx.implementation)
     return dx, dlog_a, None, None
 
 

@@ -70,7 +70,7 @@ def forward(x: Tensor, log_a: Tensor, initial: Tensor | None, resets: Tensor | N
 
 def backward(
     dh: Tensor | None,
-    dfinal: Tensor,
+    dfinal: Tensor | None,
     extra: Tensor | None,
     log_a: Tensor,
     h: Tensor,
@@ -81,13 +81,13 @@ def backward(
 
     Args:
         dh: gradient of h, or None for zero.
-        dfinal: [B, D], gradient of the final state.
+        dfinal: [B, D], gradient of the final state, or None for zero.
         extra: [B, D], added to the gradient of every token's log_a (what the transition of `summarize` asks for).
         log_a, h, initial, resets: as they entered and left the forward pass.
     """
-    a = _factors(log_a, resets, dfinal.dtype)
+    a = _factors(log_a, resets, state_dtype(h, log_a))
     dh = torch.zeros_like(a[:, 1:]) if dh is None else dh.to(a.dtype)
-    dx = scan(dh, a[:, 1:], dfinal, reverse=True)
+    dx = scan(dh, a[:, 1:], _or_zero(dfinal, a), reverse=True)
     dlog_a = a[:, :-1] * dx
     dinitial = dlog_a[:, 0].clone()
     dlog_a[:, 1:].mul_(h[:, :-1])

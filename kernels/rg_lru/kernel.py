@@ -32,6 +32,7 @@ from ..linear_scan.kernel import (
     steps_of,
     vector,
 )
+from ..sizes import cdiv
 from .reference import DECAY_SCALE, SQRT_GUARD
 
 GUARD = tl.constexpr(SQRT_GUARD)
@@ -309,7 +310,7 @@ def adjoint(dh: Tensor, gate_a: Tensor, a_param: Tensor, resets: Tensor | None) 
 
 def backward(
     dh: Tensor | None,
-    dfinal: Tensor,
+    dfinal: Tensor | None,
     extra: Tensor | None,
     x: Tensor,
     gate_a: Tensor,
@@ -330,7 +331,7 @@ def backward(
     inputs = (dh, dfinal, extra, x, gate_a, gate_x, a_param, resets, h, initial)
     launch(_backward, BACKWARD, x, *inputs, dx, dgate_a, dgate_x, drate, dinitial)
     with on(x):
-        _sum_rates[(triton.cdiv(x.shape[2], 16),)](
+        _sum_rates[(cdiv(x.shape[2], 16),)](
             drate, a_param, da_param, drate.shape[0], PARTS=128, WIDTH=x.shape[2], BLOCK_D=16, num_warps=4
         )
     return dx, dgate_a, dgate_x, da_param, dinitial

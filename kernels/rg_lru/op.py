@@ -1,6 +1,6 @@
 """rg_lru as a differentiable op: checks, dispatch, autograd. The maths is in reference.py and kernel.py.
 
-Each pass is one custom operator, opaque to torch.compile and to activation checkpointing. Saved for the backward
+Each pass is one step (opaque.py) to torch.compile and to activation checkpointing. Saved for the backward
 pass: the inputs and h; the gates are recomputed.
 """
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from ..checks import check_segments, check_tensor, resets_of
 from ..dispatch import resolve
 from ..from_right import FromRight, with_right
+from ..opaque import opaque
 from ..segments import Segments
 from . import reference
 
@@ -113,7 +114,7 @@ def _adjoint(implementation: str, dh: Tensor, gate_a: Tensor, a_param: Tensor, r
     return _module(implementation, dh, gate_a).adjoint(dh, gate_a, a_param, resets)
 
 
-@torch.library.custom_op("longscan::rg_lru", mutates_args=())
+@opaque("rg_lru")
 def _forward(
     x: Tensor,
     gate_a: Tensor,
@@ -126,10 +127,10 @@ def _forward(
     return _module(implementation, x, gate_a, gate_x).forward(x, gate_a, gate_x, a_param, initial, resets)
 
 
-@torch.library.custom_op("longscan::rg_lru_backward", mutates_args=())
+@opaque("rg_lru_backward")
 def _backward(
     dh: Tensor | None,
-    dfinal: Tensor,
+    dfinal: Tensor | None,
     extra: Tensor | None,
     x: Tensor,
     gate_a: Tensor,
@@ -144,7 +145,7 @@ def _backward(
     return run(dh, dfinal, extra, x, gate_a, gate_x, a_param, h, initial, resets)
 
 
-@torch.library.custom_op("longscan::rg_lru_summarize", mutates_args=())
+@opaque("rg_lru_summarize")
 def _summarize(
     x: Tensor, gate_a: Tensor, gate_x: Tensor, a_param: Tensor, resets: Tensor | None, implementation: str
 ) -> tuple[Tensor, Tensor]:
@@ -158,7 +159,7 @@ def _(x, gate_a, gate_x, a_param, initial, resets, implementation):
 
 @_backward.register_fake
 def _(dh, dfinal, extra, x, gate_a, gate_x, a_param, h, initial, resets, implementation):
-    return _like(x), _like(gate_a), _like(gate_x), _like(a_param), _like(dfinal)
+    return _like(x), _like(gate_a), _like(gate_x), _like(a_param), _state_like(x, gate_a, gate_x)
 
 
 @_summarize.register_fake
@@ -179,7 +180,7 @@ def _save_forward(ctx, inputs, output):
     ctx.save_for_backward(x, gate_a, gate_x, a_param, output[0], initial, resets)
 
 
-def _forward_gradients(ctx, dh: Tensor, dfinal: Tensor):
+def _forward_gradients(ctx, dh: Tensor | None, dfinal: Tensor | None):
     *inputs, h, initial, resets = ctx.saved_tensors
     *gradients, dinitial = _backward(dh, dfinal, None, *inputs, h, initial, resets, ctx.implementation)
     return *gradients, None if initial is None else dinitial, None, None
@@ -190,10 +191,10 @@ def _save_summary(ctx, inputs, output):
     ctx.save_for_backward(x, gate_a, gate_x, a_param, resets, output[1])
 
 
-def _summary_gradients(ctx, dstate: Tensor, dtransition: Tensor):
+def _summary_gradients(ctx, dstate: Tensor | None, dtransition: Tensor | None):
     *inputs, resets, transition = ctx.saved_tensors
     h, _ = _forward(*inputs, None, resets, ctx.implementation)
-    extra = dtransition * transition
+    extra = None if dtransition is None else dtransition * transition
     *gradients, _ = _backward(None, dstate, extra, *inputs, h, None, resets, ctx.implementation)
     return *gradients, None, None
 

@@ -50,7 +50,7 @@ def summarize(
 
 def backward(
     dh: Tensor | None,
-    dfinal: Tensor,
+    dfinal: Tensor | None,
     extra: Tensor | None,
     x: Tensor,
     gate_a: Tensor,
@@ -68,11 +68,11 @@ def backward(
 
     Args:
         dh: gradient of h, or None for zero.
-        dfinal: [B, D], gradient of the final state.
+        dfinal: [B, D], gradient of the final state, or None for zero.
         extra: [B, D], added to the gradient of every token's log_a (what the transition of `summarize` asks for).
         x, gate_a, gate_x, a_param, h, initial, resets: as they entered and left the forward pass.
     """
-    dtype = dfinal.dtype
+    dtype = state_dtype(x, gate_a, gate_x)
     batch, tokens, width = x.shape
     rate = _rate(a_param, dtype)
     e = torch.empty(batch, tokens, width, dtype=dtype, device=x.device)
@@ -84,7 +84,7 @@ def backward(
     if resets is not None:
         first = resets.nonzero(as_tuple=True)
         e[first], a[first] = -1, 0
-    du = scan(_or_zeros(dh, e), a[:, 1:], dfinal, reverse=True)
+    du = scan(_or_zeros(dh, e), a[:, 1:], _or_zeros(dfinal, e[:, 0]), reverse=True)
     dinitial = a[:, 0] * du[:, 0]
 
     # e and du make room tile by tile for the gradients of gate_a and x.
@@ -145,8 +145,8 @@ def _rate(a_param: Tensor, dtype: torch.dtype) -> Tensor:
     return softplus(a_param.to(dtype)) * -DECAY_SCALE
 
 
-def _or_zeros(dh: Tensor | None, like: Tensor) -> Tensor:
-    return torch.zeros_like(like) if dh is None else dh.to(like.dtype)
+def _or_zeros(gradient: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if gradient is None else gradient.to(like.dtype)
 
 
 def _one_minus_square(e: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dispatch import on
+from ..sizes import cdiv, next_power_of_2
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,10 @@ class Tile:
 
     def constants(self, heads: int, dim: int, half: int) -> dict[str, Any]:
         """The compile-time sizes."""
-        group, block = min(self.group, triton.next_power_of_2(heads)), triton.next_power_of_2(half)
+        group, block = min(self.group, next_power_of_2(heads)), next_power_of_2(half)
         rest = dim - 2 * half
         cut = {"ROWS": max(1, self.pairs // (group * block)), "GROUP": group, "BLOCK": block}
-        cut["REST"] = triton.next_power_of_2(rest) if rest else 0
+        cut["REST"] = next_power_of_2(rest) if rest else 0
         return cut | {"HEADS": heads, "DIM": dim, "HALF": half, "num_warps": self.warps}
 
 
@@ -92,7 +93,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
     y = torch.empty_like(x)
     batch, tokens, heads, dim = x.shape
     constants = TILE.constants(heads, dim, cos.shape[2])
-    programs = triton.cdiv(batch * tokens, constants["ROWS"]) * triton.cdiv(heads, constants["GROUP"])
+    programs = cdiv(batch * tokens, constants["ROWS"]) * cdiv(heads, constants["GROUP"])
     with on(x):
         _rotate[(programs,)](x, cos, sin, y, batch * tokens, -1.0 if inverse else 1.0, **constants)
     return y

@@ -1,6 +1,6 @@
 """rotary as a differentiable op: checks, dispatch, autograd. The maths is in reference.py and kernel.py.
 
-The kernel's pass is one custom operator, opaque to torch.compile and to activation checkpointing, and its own gradient:
+The kernel's pass is one step (opaque.py) to torch.compile and to activation checkpointing, and its own gradient:
 a rotation's adjoint is the rotation back. The reference is plain PyTorch. Saved for the backward pass: the table alone.
 """
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..checks import check_tensor
 from ..dispatch import resolve
+from ..opaque import opaque
 from . import reference
 
 
@@ -43,7 +44,7 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, implementation: str = "auto")
     return _rotate(x, cos, sin, False)
 
 
-@torch.library.custom_op("longscan::rotary", mutates_args=())
+@opaque("rotary")
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
     from . import kernel
 

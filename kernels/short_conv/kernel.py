@@ -29,6 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dispatch import on
+from ..sizes import cdiv, next_power_of_2
 
 # Taps taken at a time: with as many the backward pass makes z again, and a loop runs over those beyond.
 UNROLL = 8
@@ -45,7 +46,7 @@ class Tile:
 
     def columns(self, width: int) -> int:
         """Channels of a program."""
-        return min(self.block, max(16, 1 << (width - 1).bit_length()))
+        return min(self.block, max(16, next_power_of_2(width)))
 
     def chunks(self, tokens: int) -> int:
         """Programs that share the tokens of a row."""
@@ -521,10 +522,10 @@ def backward(
     sizes = (chunks, tokens, width, width // filters, *weight.stride())
     outputs = (dx, None if tail is None else dtail, parts)
     with on(x):
-        _backward[(batch * chunks * triton.cdiv(width, tile.columns(width)),)](
+        _backward[(batch * chunks * cdiv(width, tile.columns(width)),)](
             dy, x, weight, bias, tail, positions, *outputs, *sizes, ACTIVATION=activation, **tile.constants(width, taps)
         )
-        _sum_parts[(triton.cdiv(width, 32), taps + (bias is not None))](
+        _sum_parts[(cdiv(width, 32), taps + (bias is not None))](
             parts, dweight, None if bias is None else dbias, batch * chunks, width, taps, PARTS=64, BLOCK_D=32
         )
     if filters < width:
@@ -538,7 +539,7 @@ def _launch_forward(x, weight, bias, tail, positions, dy, out, activation) -> No
     chunks = tile.chunks(tokens)
     sizes = (chunks, tokens, width, width // filters, *weight.stride())
     with on(x):
-        _forward[(batch * chunks * triton.cdiv(width, tile.columns(width)),)](
+        _forward[(batch * chunks * cdiv(width, tile.columns(width)),)](
             x,
             weight,
             bias,

@@ -1,6 +1,6 @@
 """short_conv as a differentiable op: checks, dispatch, autograd. The maths is in reference.py and kernel.py.
 
-Each pass is one custom operator, opaque to torch.compile and to activation checkpointing. Saved for the backward
+Each pass is one step (opaque.py) to torch.compile and to activation checkpointing. Saved for the backward
 pass: the inputs; the pre-activation is recomputed.
 """
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..checks import check_segments, check_tensor
 from ..dispatch import resolve
+from ..opaque import opaque
 from ..segments import Segments
 from . import reference
 
@@ -45,7 +46,7 @@ def short_conv(
 
     Returns:
         y: [B, T, D] in x's dtype.
-        new_tail: [B, S - 1, D], the tail for the piece that follows.
+        new_tail: [B, S - 1, D], the tail for the piece that follows; of at least S - 1 tokens a view of x.
     """
     _check(x, weight, bias, tail, segments, activation)
     positions = None if segments is None else segments.positions
@@ -56,7 +57,7 @@ def short_conv(
 def _tail_after(x: Tensor, tail: Tensor | None, entries: int) -> Tensor:
     batch, tokens, width = x.shape
     if tokens >= entries:
-        return x[:, tokens - entries :].clone()
+        return x[:, tokens - entries :]
     earlier = x.new_zeros(batch, entries, width) if tail is None else tail.to(x.dtype)
     return torch.cat([earlier[:, tokens:], x], dim=1)
 
@@ -95,7 +96,7 @@ def _module(implementation: str, x: Tensor, weight: Tensor) -> ModuleType:
     return kernel
 
 
-@torch.library.custom_op("longscan::short_conv", mutates_args=())
+@opaque("short_conv")
 def _forward(
     x: Tensor,
     weight: Tensor,
@@ -108,7 +109,7 @@ def _forward(
     return _module(implementation, x, weight).forward(x, weight, bias, tail, positions, activation)
 
 
-@torch.library.custom_op("longscan::short_conv_backward", mutates_args=())
+@opaque("short_conv_backward")
 def _backward(
     dy: Tensor,
     x: Tensor,

@@ -34,6 +34,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot, pad
 
 from ..dispatch import on
+from ..sizes import cdiv, next_power_of_2
 from .reference import features, monomials, query_features
 
 # Most tokens a chunk for 16-bit and for wider operands, whose tiles take twice the room, and tokens of a chunk that
@@ -87,20 +88,20 @@ class Plan:
         """F, the packed terms."""
         return features(self.key_dim)
 
-    @property
+    @functools.cached_property
     def padded(self) -> int:
         """F filled up to whole steps."""
-        return triton.cdiv(self.features, self.block) * self.block
+        return cdiv(self.features, self.block) * self.block
 
     @property
     def chunks(self) -> int:
         """Chunks of a row."""
-        return triton.cdiv(self.tokens, self.chunk)
+        return cdiv(self.tokens, self.chunk)
 
     @property
     def per_piece(self) -> int:
         """Chunks a piece."""
-        return triton.cdiv(self.chunks, self.pieces)
+        return cdiv(self.chunks, self.pieces)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -124,7 +125,7 @@ class Plan:
         """(choice, weights) as `_tables` describes them."""
         return _tables(self.key_dim, self.padded, scale, self.dtype, self.device)
 
-    @property
+    @functools.cached_property
     def shape(self) -> dict[str, Any]:
         """The constants that every kernel over tokens takes."""
         return {
@@ -160,12 +161,12 @@ def plan(k: Tensor, v: Tensor, whole: bool = False) -> Plan:
     """The cut for inputs: chunks by their dtype, pieces enough to fill the GPU, or one where `whole`."""
     batch, tokens, heads, key_dim = k.shape
     narrow = k.dtype == torch.bfloat16
-    chunk = min(CHUNK if narrow else WIDE_CHUNK, max(16, triton.next_power_of_2(tokens)))
+    chunk = min(CHUNK if narrow else WIDE_CHUNK, max(16, next_power_of_2(tokens)))
     state_block, block = (STATE_BLOCK, BLOCK) if narrow else (WIDE_BLOCK, WIDE_BLOCK)
-    chunks = triton.cdiv(tokens, chunk)
-    programs = batch * heads * triton.cdiv(features(key_dim), state_block)
-    pieces = 1 if whole else min(chunks, triton.cdiv(PROGRAMS, programs))
-    pieces = triton.cdiv(chunks, triton.cdiv(chunks, pieces))
+    chunks = cdiv(tokens, chunk)
+    programs = batch * heads * cdiv(features(key_dim), state_block)
+    pieces = 1 if whole else min(chunks, cdiv(PROGRAMS, programs))
+    pieces = cdiv(chunks, cdiv(chunks, pieces))
     # The interpreter multiplies the bits of bf16; there the operands are fp32.
     operand = tl.bfloat16 if narrow and k.is_cuda else tl.float32
     precision = "ieee" if k.dtype == torch.float32 else "tf32"
@@ -187,7 +188,7 @@ def plan(k: Tensor, v: Tensor, whole: bool = False) -> Plan:
 
 
 def _block(width: int) -> int:
-    return max(16, triton.next_power_of_2(width))
+    return max(16, next_power_of_2(width))
 
 
 @functools.lru_cache(maxsize=64)
@@ -788,7 +789,7 @@ def forward(
 
 def backward(
     dy: Tensor,
-    dfinal: Tensor,
+    dfinal: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -857,9 +858,9 @@ def step(
     block = min(_block(value_dim), STEP_VALUES if batch * heads < STEP_ROWS else 128)
     weights = _tables(key_dim, terms, scale, torch.float32, k.device)[1]
     with on(q):
-        _step[(batch * heads, triton.cdiv(value_dim, block))](
+        _step[(batch * heads, cdiv(value_dim, block))](
             q, k, v, state, _entry_table(key_dim, k.device), weights, y, following, eps,
-            KEY_DIM=key_dim, VALUE_DIM=value_dim, BLOCK_F=min(triton.next_power_of_2(terms), STEP_TILE // block),
+            KEY_DIM=key_dim, VALUE_DIM=value_dim, BLOCK_F=min(next_power_of_2(terms), STEP_TILE // block),
             BLOCK_V=block, NORMALIZE=normalize, num_warps=8 if block > STEP_VALUES else 4,
         )  # fmt: skip
     return y, following
@@ -885,7 +886,7 @@ def _all_states(
 def _walk(cut: Plan, x, u, y, inverse, drop, ids, states, sums, scale: float, reverse: bool) -> Tensor:
     """[B, H, pieces, F, V + 1]: what each piece adds to a state of zeros; fills `states` and `sums` if given."""
     summary = cut.empty(cut.pieces, cut.features, cut.value_dim + 1)
-    _states[(triton.cdiv(cut.padded, cut.state_block), cut.rows, cut.pieces)](
+    _states[(cdiv(cut.padded, cut.state_block), cut.rows, cut.pieces)](
         x, u, y, inverse, drop, ids, *cut.tables(scale), states, sums, summary,
         cut.tokens, cut.heads, cut.per_piece, cut.chunks, **cut.shape,
         BLOCK_F=cut.state_block, PART=min(STATE_PART, cut.chunk), REVERSE=reverse,

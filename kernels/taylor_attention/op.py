@@ -1,6 +1,6 @@
 """taylor_attention as a differentiable op: checks, dispatch, autograd. The maths is in reference.py and kernel.py.
 
-The kernel's passes are custom operators, opaque to torch.compile and to activation checkpointing; the reference is
+The kernel's passes are steps (opaque.py) to torch.compile and to activation checkpointing; the reference is
 plain PyTorch. Saved for the kernel's backward pass: the inputs, y and the inverse of the normaliser.
 """
 
@@ -11,9 +11,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..checks import check_segments, check_tensor, resets_of
+from ..checks import check_segments, check_tensor, documents_of
 from ..dispatch import resolve
 from ..from_right import FromRight, with_right
+from ..opaque import opaque
 from ..segments import Segments
 from . import reference
 
@@ -64,7 +65,7 @@ def taylor_attention(
     if initial_state is not None:
         check_tensor("initial_state", initial_state, _state_shape(k, v), k)
         initial_state = initial_state.to(_state_dtype(q, k, v))
-    ids = _documents(segments)
+    ids = documents_of(segments)
     forward, adjoint = reference.forward, reference.adjoint
     if _resolve(implementation, q, k, v) == "triton":
         forward, adjoint = _forward, _adjoint
@@ -89,7 +90,7 @@ def taylor_attention_summarize(
         transition: [B, 1, 1, 1], 0 where the piece holds a document start, else 1.
     """
     _check(k, v, segments)
-    ids = _documents(segments)
+    ids = documents_of(segments)
     module = reference.summarize if _resolve(implementation, k, v) == "reference" else _summarize
     state = module(k, v, ids)
     transition = state.new_ones(k.shape[0]) if ids is None else (ids[:, -1] == 0).to(state.dtype)
@@ -173,12 +174,6 @@ def _check_dims(k: Tensor, v: Tensor) -> None:
         raise ValueError(f"K={k.shape[-1]}, V={v.shape[-1]}: the kernel takes K 8 to 32 and V up to 128")
 
 
-def _documents(segments: Segments | None) -> Tensor | None:
-    """int32 [B, T], each token's document counted from the row's first; 0 for one begun before the piece."""
-    resets = resets_of(segments)
-    return None if resets is None else resets.cumsum(1, dtype=torch.int32)
-
-
 def _adjoint(scale: float, dy: Tensor, q: Tensor, y: Tensor, inverse: Tensor, ids: Tensor | None) -> Tensor:
     from . import kernel
 
@@ -193,7 +188,7 @@ def _state_dtype(*inputs: Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in inputs) else torch.float32
 
 
-@torch.library.custom_op("longscan::taylor_attention", mutates_args=())
+@opaque("taylor_attention")
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -209,10 +204,10 @@ def _forward(
     return kernel.forward(q, k, v, initial, ids, scale, normalize, eps)
 
 
-@torch.library.custom_op("longscan::taylor_attention_backward", mutates_args=())
+@opaque("taylor_attention_backward")
 def _backward(
     dy: Tensor,
-    dfinal: Tensor,
+    dfinal: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -227,21 +222,21 @@ def _backward(
     return kernel.backward(dy, dfinal, q, k, v, initial, ids, y, inverse, scale)
 
 
-@torch.library.custom_op("longscan::taylor_attention_summarize", mutates_args=())
+@opaque("taylor_attention_summarize")
 def _summarize(k: Tensor, v: Tensor, ids: Tensor | None) -> Tensor:
     from . import kernel
 
     return kernel.summarize(k, v, ids)
 
 
-@torch.library.custom_op("longscan::taylor_attention_summarize_backward", mutates_args=())
+@opaque("taylor_attention_summarize_backward")
 def _summarize_backward(dstate: Tensor, k: Tensor, v: Tensor, ids: Tensor | None) -> tuple[Tensor, Tensor]:
     from . import kernel
 
     return kernel.summarize_backward(dstate, k, v, ids)
 
 
-@torch.library.custom_op("longscan::taylor_attention_step", mutates_args=())
+@opaque("taylor_attention_step")
 def _step(
     q: Tensor, k: Tensor, v: Tensor, state: Tensor, scale: float, normalize: bool, eps: float
 ) -> tuple[Tensor, Tensor]:
@@ -259,7 +254,7 @@ def _(q, k, v, initial, ids, scale, normalize, eps):
 
 @_backward.register_fake
 def _(dy, dfinal, q, k, v, initial, ids, y, inverse, scale):
-    return *(t.new_empty(t.shape) for t in (q, k, v)), dfinal.new_empty(dfinal.shape)
+    return *(t.new_empty(t.shape) for t in (q, k, v)), k.new_empty(_state_shape(k, v), dtype=torch.float32)
 
 
 @_summarize.register_fake
@@ -283,8 +278,9 @@ def _save_forward(ctx, inputs, output):
     ctx.save_for_backward(q, k, v, initial, ids, y, inverse)
 
 
-def _forward_gradients(ctx, dy: Tensor, dfinal: Tensor, _):
-    saved = ctx.saved_tensors
+def _forward_gradients(ctx, dy: Tensor | None, dfinal: Tensor | None, _):
+    *_, y, _ = saved = ctx.saved_tensors
+    dy = torch.zeros_like(y) if dy is None else dy
     *inputs, dinitial = _backward(dy, dfinal, *saved, ctx.scale)
     return *inputs, None if saved[3] is None else dinitial, None, None, None, None
 

@@ -25,6 +25,7 @@ def test_an_example():
     assert segments.continues.tolist() == [False, True]
     assert segments.resets.tolist() == [[True, False, False, True, False], [False] * 5]
     assert segments.positions.tolist() == [[0, 1, 2, 0, 1], [4, 5, 6, 7, 8]]
+    assert segments.documents.tolist() == [[1, 1, 1, 2, 2], [0] * 5]
     assert (segments.batch, segments.tokens) == (2, 5)
 
 
