@@ -332,8 +332,8 @@ class LinearizedAttentionConfig(AttentionConfig):
         return self.query_heads(width) * (12.0 * self.head_dim * pairs + 12.0 * state + 6.0 * filters)
 
     def carry_bytes(self, width: int, tokens: int, element: int) -> int:
-        """Keys of a group, values of it or of the filter, and the sums over all groups and over the open one."""
-        kept = self.group - 1 + max(self.group, self.conv_taps) - 1
+        """Keys and values of a group or the filter, and the sums over all groups and over the open one."""
+        kept = 2 * (max(self.group, self.conv_taps) - 1)
         heads = self.query_heads(width) if self.projected else self.key_heads(width)
         sums = heads * 2 * self.features * (self.head_dim + self.normalize)
         return self.key_heads(width) * self.head_dim * kept * element + sums * STATE_BYTES

@@ -18,6 +18,7 @@ from ..kernels.from_right import FromRight
 
 Summarize = Callable[[], tuple[Tensor, Tensor]]
 Halo = Callable[[], Tensor]
+Halos = Callable[[], list[Tensor]]
 
 
 class Entry(NamedTuple):
@@ -49,10 +50,14 @@ class SequenceContext(Protocol):
         `name`. A halo may be under way: what can be computed without it goes before the call.
 
         The x returned is the one to go on with: to its gradient is added what its entries are used for on the right, in
-        place where that gradient is `alone`, that is one op reads this x and its backward pass makes a new tensor.
+        place where that gradient is `alone`, that is one op reads this x and its backward pass gives it new memory.
 
         With n None, all entries of the documents that continue into the piece, right-aligned, or more: what lies
         before a document's start is masked by the mixer, never read."""
+        ...
+
+    def left_halos(self, entries: dict[str, Tensor], n: int | None, alone: bool = False) -> tuple[list[Tensor], Halos]:
+        """`left_halo` of several x by their names, which travel together; all have one dtype."""
         ...
 
     def initial_state(self, name: str, summarize: Summarize) -> Entry:
@@ -85,6 +90,11 @@ class LocalContext:
         assert n in (None, halo.shape[1]), f"carry {name!r} holds {halo.shape[1]} entries, the mixer asks for {n}"
         self.leaving[name] = torch.cat([halo, x], dim=1) if n is None else roll_in(halo, x)
         return x, lambda: halo
+
+    def left_halos(self, entries: dict[str, Tensor], n: int | None, alone: bool = False) -> tuple[list[Tensor], Halos]:
+        """Each as in `left_halo`."""
+        halos = [self.left_halo(name, x, n)[1] for name, x in entries.items()]
+        return list(entries.values()), lambda: [halo() for halo in halos]
 
     def initial_state(self, name: str, summarize: Summarize) -> Entry:
         """The carry's state; `summarize` is never called."""

@@ -7,24 +7,31 @@ is the same on every rank, so is its gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 
-def left_halo(x: Tensor, n: int, group: dist.ProcessGroup, alone: bool = False) -> tuple[Tensor, Callable[[], Tensor]]:
-    """(x, its halo): called, the n entries [B, n, ...] left of x [B, T, ...], from as many ranks as they lie on; zeros
-    left of the row.
+def left_halos(
+    xs: Sequence[Tensor], n: int, group: dist.ProcessGroup, alone: bool = False
+) -> tuple[list[Tensor], Callable[[], list[Tensor]]]:
+    """(xs, their halos): called, the n entries [B, n, ...] left of each x [B, T, ...], from as many ranks as they lie
+    on; zeros left of the row.
 
-    Entries travel from now until the call. Backward gradients travel from the call until here, where they are added to
-    that of the x returned: what is computed between the two hides the way, in both passes. In place, where nothing
-    else holds that gradient: then it is `alone`.
+    Those of all xs, which are of one dtype, are one message a rank. Entries travel from now until the call. Backward
+    gradients travel from the call until here, where they are added to those of the xs returned: what is computed
+    between the two hides the way, in both passes. In place, where nothing else holds those: then they are `alone`.
     """
-    way = _Way(n, group)
-    x, begun = _BeginHalo.apply(x, way, alone)
-    return x, lambda: _EndHalo.apply(begun, way)
+    way, shapes = _Way(n, group), [x.shape[2:] for x in xs]
+    *xs, begun = _BeginHalo.apply(way, alone, *xs)
+
+    def halos() -> list[Tensor]:
+        parts = _EndHalo.apply(begun, way).split([shape.numel() for shape in shapes], dim=2)
+        return [part.unflatten(2, shape) for part, shape in zip(parts, shapes, strict=True)]
+
+    return xs, halos
 
 
 class StateExchange:
@@ -33,44 +40,66 @@ class StateExchange:
         h_0 = 0,               h_{r+1} = transition_r h_r + state_r
         g_{last} = 0,          g_{r-1} = transition_r g_r + gradient_r
 
-    One all-gather each way, whose bytes do not depend on T: of the states and transitions, begun here; of the
-    gradients. Nothing here is differentiable: an op takes `from_right` and gives the gradients.
+    One all-gather each way and level, whose bytes do not depend on T: of the states and transitions, begun here; of
+    the gradients. Nothing here is differentiable: an op takes `from_right` and gives the gradients.
 
     Args:
         state: the piece's final state from zero.
         transition: broadcasts to `state`, in its dtype.
-        group: the ranks of the row.
+        levels: the ranks of the row. Or the ranks of this node, then its peers on all nodes of the row, in order: what
+            a node's ranks make of a state is folded there and goes on as that of one rank (`groups.fold_levels`).
     """
 
-    def __init__(self, state: Tensor, transition: Tensor, group: dist.ProcessGroup) -> None:
+    def __init__(self, state: Tensor, transition: Tensor, *levels: dist.ProcessGroup) -> None:
         assert state.dtype == transition.dtype, f"state is {state.dtype} and transition {transition.dtype}"
-        self._shapes, self._group = (state.shape, transition.shape), group
-        packed = torch.cat([state.flatten(), transition.flatten()])
-        self._gathered, self._work = _begin_gather(packed, group)
+        self._shapes, self._levels = (state.shape, transition.shape), levels
+        self._transitions: list[Tensor] = []
+        self._begin(state, transition, levels[0])
 
     def entering(self) -> Tensor:
         """The state h_r that enters this piece; to be called once."""
-        self._work.wait()
-        states, transitions = self._gathered.split([shape.numel() for shape in self._shapes], dim=1)
-        # Of the states nothing is kept for the backward pass.
-        self._transitions = transitions.clone().unflatten(1, self._shapes[1])
-        del self._gathered, self._work
-        return self._fold(states.unflatten(1, self._shapes[0]), range(self._group.rank()))
+        added = [self._end()]
+        for level, group in enumerate(self._levels[1:]):
+            here = self._fold(level, added[-1], range(len(added[-1])), torch.zeros_like(added[-1][0]))
+            self._begin(here, self._transitions[-1].prod(0), group)
+            added.append(self._end())
+        return self._descend(added, [range(group.rank()) for group in self._levels])
 
     def from_right(self, gradient: Tensor) -> Tensor:
         """The gradient g_r of the state that leaves this piece; `gradient` is what the piece alone gives to h_r."""
-        gathered, work = _begin_gather(gradient.flatten(), self._group)
-        work.wait()
-        right = range(self._group.size() - 1, self._group.rank(), -1)
-        return self._fold(gathered.unflatten(1, self._shapes[0]), right)
+        added = []
+        for level, group in enumerate(self._levels):
+            if level:
+                ranks = range(len(added[-1]) - 1, -1, -1)
+                gradient = self._fold(level - 1, added[-1], ranks, torch.zeros_like(added[-1][0]))
+            gathered, work = _begin_gather(gradient.flatten(), group)
+            work.wait()
+            added.append(gathered.unflatten(1, self._shapes[0]))
+        return self._descend(added, [range(group.size() - 1, group.rank(), -1) for group in self._levels])
 
-    def _fold(self, added: Tensor, ranks: range) -> Tensor:
-        """What leaves the last of `ranks`, of which each adds its part; zero without ranks."""
-        if not ranks:
-            return torch.zeros_like(added[0])
-        folded = added[ranks[0]].clone()
-        for rank in ranks[1:]:
-            folded = torch.addcmul(added[rank], self._transitions[rank], folded)
+    def _begin(self, state: Tensor, transition: Tensor, group: dist.ProcessGroup) -> None:
+        self._under_way = _begin_gather(torch.cat([state.flatten(), transition.flatten()]), group)
+
+    def _end(self) -> Tensor:
+        """The states of the group's ranks [size, ...]; of these nothing is kept for the backward pass."""
+        gathered, work = self._under_way
+        del self._under_way
+        work.wait()
+        states, transitions = gathered.split([shape.numel() for shape in self._shapes], dim=1)
+        self._transitions.append(transitions.clone().unflatten(1, self._shapes[1]))
+        return states.unflatten(1, self._shapes[0])
+
+    def _descend(self, added: list[Tensor], sides: list[range]) -> Tensor:
+        """What leaves the ranks of one side where zero enters, level by level from the farthest."""
+        folded = torch.zeros_like(added[0][0])
+        for level in reversed(range(len(added))):
+            folded = self._fold(level, added[level], sides[level], folded)
+        return folded
+
+    def _fold(self, level: int, added: Tensor, ranks: range, folded: Tensor) -> Tensor:
+        """What leaves the last of `ranks`, of which each adds its part, where `folded` enters the first."""
+        for rank in ranks:
+            folded = torch.addcmul(added[rank], self._transitions[level][rank], folded)
         return folded
 
 
@@ -94,11 +123,10 @@ class _Way:
 
     def __init__(self, n: int, group: dist.ProcessGroup) -> None:
         self.n, self.group = n, group
-        self.shape = torch.Size()
+        self.tokens = 0
 
     def begin(self, sent: dict[int, Tensor], taken: dict[int, Tensor]) -> None:
-        """Sends and fills tensors by their peer's rank in the group."""
-        sent = {peer: tensor.contiguous() for peer, tensor in sent.items()}
+        """Sends and fills contiguous tensors by their peer's rank in the group."""
         sends = [dist.P2POp(dist.isend, t, group=self.group, group_peer=peer) for peer, t in sent.items()]
         receives = [dist.P2POp(dist.irecv, t, group=self.group, group_peer=peer) for peer, t in taken.items()]
         works = dist.batch_isend_irecv(sends + receives) if sends or receives else []
@@ -115,21 +143,25 @@ class _Way:
 
 class _BeginHalo(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, way: _Way, alone: bool) -> tuple[Tensor, Tensor]:
-        ctx.way, ctx.alone, way.shape = way, alone, x.shape
-        tokens, rank = x.shape[1], way.group.rank()
-        counts = _halo_counts(way.n, tokens, way.group)
-        sent = {rank + hop: x[:, tokens - count :] for hop, count in counts.items() if rank + hop < way.group.size()}
-        way.begin(sent, {rank - hop: _entries(x, count) for hop, count in counts.items() if rank - hop >= 0})
-        return x.view_as(x), x.new_empty(0)
+    def forward(ctx, way: _Way, alone: bool, *xs: Tensor) -> tuple[Tensor, ...]:
+        ctx.way, ctx.alone = way, alone
+        way.tokens, rank = xs[0].shape[1], way.group.rank()
+        counts = _halo_counts(way)
+        wanted = {rank + hop: n for hop, n in counts.items() if rank + hop < way.group.size()}
+        packed = _last_entries(xs, max(wanted.values(), default=0))
+        sent = {peer: packed[:, packed.shape[1] - n :].contiguous() for peer, n in wanted.items()}
+        way.begin(sent, {rank - hop: _entries(packed, n) for hop, n in counts.items() if rank - hop >= 0})
+        return *(x.view_as(x) for x in xs), _entries(packed, 0)
 
     @staticmethod
     def backward(ctx, *grads: Tensor):
         parts = ctx.way.end().values()
-        dx = grads[0] if ctx.alone or not parts else grads[0].clone()
+        dxs = [grad if ctx.alone or not parts else grad.clone() for grad in grads[:-1]]
         for part in parts:
-            dx[:, dx.shape[1] - part.shape[1] :] += part
-        return dx, None, None
+            shares = part.split([dx.shape[2:].numel() for dx in dxs], dim=2)
+            for dx, share in zip(dxs, shares, strict=True):
+                dx[:, dx.shape[1] - part.shape[1] :] += share.unflatten(2, dx.shape[2:])
+        return None, None, *dxs
 
 
 class _EndHalo(torch.autograd.Function):
@@ -138,32 +170,37 @@ class _EndHalo(torch.autograd.Function):
         ctx.way = way
         taken = way.end()
         missing = way.n - sum(part.shape[1] for part in taken.values())
-        zeros = begun.new_zeros(way.shape[0], missing, *way.shape[2:])
+        zeros = begun.new_zeros(begun.shape[0], missing, begun.shape[2])
         return torch.cat([zeros, *(taken[source] for source in sorted(taken))], dim=1)
 
     @staticmethod
     def backward(ctx, *grads: Tensor):
         (grad,), way = grads, ctx.way
         rank = way.group.rank()
-        counts = _halo_counts(way.n, way.shape[1], way.group)
+        counts = _halo_counts(way)
         sent, end = {}, way.n
         for hop, count in counts.items():
             if rank - hop >= 0:
-                sent[rank - hop] = grad[:, end - count : end]
+                sent[rank - hop] = grad[:, end - count : end].contiguous()
                 end -= count
         taken = {rank + hop: _entries(grad, n) for hop, n in counts.items() if rank + hop < way.group.size()}
         way.begin(sent, taken)
-        return grad.new_empty(0), None
+        return grad[:, :0], None
 
 
-def _halo_counts(n: int, tokens: int, group: dist.ProcessGroup) -> dict[int, int]:
-    """How many entries the rank so many hops to the left gives to a halo of n."""
-    hops = range(1, min(-(-n // tokens), group.size() - 1) + 1)
-    return {hop: min(tokens, n - (hop - 1) * tokens) for hop in hops}
+def _halo_counts(way: _Way) -> dict[int, int]:
+    """How many entries the rank so many hops to the left gives to the halo."""
+    hops = range(1, min(-(-way.n // way.tokens), way.group.size() - 1) + 1)
+    return {hop: min(way.tokens, way.n - (hop - 1) * way.tokens) for hop in hops}
+
+
+def _last_entries(xs: Sequence[Tensor], count: int) -> Tensor:
+    """[B, count, F], the entries of all xs side by side."""
+    return torch.cat([x[:, x.shape[1] - count :].flatten(2) for x in xs], dim=2)
 
 
 def _entries(x: Tensor, count: int) -> Tensor:
-    return x.new_empty(x.shape[0], count, *x.shape[2:])
+    return x.new_empty(x.shape[0], count, x.shape[2])
 
 
 def _begin_gather(flat: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, dist.Work]:

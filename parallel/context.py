@@ -13,8 +13,9 @@ from torch import Tensor
 
 from ..data.batch import Batch
 from ..kernels.segments import Segments
-from ..models.sequence import Entry, Halo, Summarize
-from .collectives import StateExchange, left_halo
+from ..models.sequence import Entry, Halo, Halos, Summarize
+from .collectives import StateExchange, left_halos
+from .groups import fold_levels
 
 
 def piece_of(batch: Batch, rank: int, size: int) -> Batch:
@@ -25,14 +26,15 @@ def piece_of(batch: Batch, rank: int, size: int) -> Batch:
     assert not bool(batch.continues.any()), "a row that goes on with an earlier row's document"
     begin, end = rank * tokens // size, (rank + 1) * tokens // size
     segments = Segments(batch.cu_seqlens, batch.continues, batch.doc_start).split(begin, end)
-    return replace(
-        batch,
-        inputs=batch.inputs[:, begin:end].contiguous(),
-        labels=batch.labels[:, begin:end].contiguous(),
-        cu_seqlens=segments.cu_seqlens,
-        continues=segments.continues,
-        doc_start=segments.doc_start,
-    )
+    tensors = {
+        "inputs": batch.inputs[:, begin:end].contiguous(),
+        "labels": batch.labels[:, begin:end].contiguous(),
+        **{name: getattr(segments, name) for name in ("cu_seqlens", "continues", "doc_start")},
+    }
+    if batch.inputs.is_pinned():
+        # Copied from other memory they would keep the host waiting for all that the GPU still has to do.
+        tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
+    return replace(batch, **tensors)
 
 
 class ContextParallelContext:
@@ -52,14 +54,20 @@ class ContextParallelContext:
 
         With n None as many as the last rank has on its left: a halo of one length keeps the ranks' graphs alike.
         """
+        (x,), halos = self.left_halos({name: x}, n, alone)
+        return x, lambda: halos()[0]
+
+    def left_halos(self, entries: dict[str, Tensor], n: int | None, alone: bool = False) -> tuple[list[Tensor], Halos]:
+        """The same for several, as one message a rank."""
+        xs = list(entries.values())
         if n is None:
-            n = (self.group.size() - 1) * x.shape[1]
-        return left_halo(x, n, self.group, alone) if n else (x, lambda: x[:, :0])
+            n = (self.group.size() - 1) * xs[0].shape[1]
+        return left_halos(xs, n, self.group, alone) if n else (xs, lambda: [x[:, :0] for x in xs])
 
     def initial_state(self, name: str, summarize: Summarize) -> Entry:
         """The state after the pieces on the left, zero on the first rank; from the right comes its gradient."""
         with torch.no_grad():
-            exchange = StateExchange(*summarize(), self.group)
+            exchange = StateExchange(*summarize(), *fold_levels(self.group))
         return Entry(exchange.entering, exchange.from_right)
 
     def leave(self, name: str, state: Tensor) -> None:

@@ -21,6 +21,9 @@ from ..errors import UserError
 from .dims import ParallelDims
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
+# What a gather of states brings grows with the ranks: more than FLAT of a row fold theirs by nodes of at most NODE.
+FLAT, NODE = 16, 8
+_nodes: dict[dist.ProcessGroup, tuple[Any, ...]] = {}
 
 
 def init_process_group(
@@ -122,6 +125,11 @@ def layout_groups(dims: ParallelDims) -> LayoutGroups:
     return replace(groups, pipeline=pipeline, ends=parallel_state.get_embedding_group(check_initialized=False))
 
 
+def fold_levels(context: dist.ProcessGroup) -> tuple[dist.ProcessGroup, ...]:
+    """Returns the levels by which the ranks of `context` fold states: all at once, or by node, then over nodes."""
+    return _nodes.get(context, (context,))
+
+
 @contextmanager
 def timeout_shared():
     """A `with` block whose new groups get the default group's timeout; made without one, they wait half an hour."""
@@ -175,6 +183,20 @@ def _make_groups(state: Any, dims: ParallelDims) -> None:
         create_gloo_process_groups=False,
         distributed_timeout_minutes=options._timeout.total_seconds() / 60,
     )
+    _nodes.clear()
+    if levels := _level_ranks(dims):
+        made = (dist.new_subgroups_by_enumeration(ranks, timeout=options._timeout)[0] for ranks in levels)
+        _nodes[state.get_context_parallel_group()] = tuple(made)
+
+
+def _level_ranks(dims: ParallelDims) -> list[list[list[int]]]:
+    """The ranks of every group of each level of `fold_levels`, nodes first; none where states are folded at once."""
+    node = next(size for size in range(NODE, 0, -1) if dims.context % size == 0)
+    if dims.context <= FLAT or node == 1:
+        return []
+    ranks = torch.arange(dims.world_size).view(-1, dims.context, dims.tensor).transpose(1, 2)
+    nodes = ranks.reshape(-1, dims.context // node, node)
+    return [level.flatten(0, 1).tolist() for level in (nodes, nodes.transpose(1, 2))]
 
 
 def _make_store(rank: int, world_size: int, store: str | Path | None, address: str | None, timeout: timedelta) -> Store:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...kernels import attention, rotary
 from ..backend import Backend
 from ..config import AttentionConfig, ModelConfig
 from ..norm import wide
 from ..positions import alibi_slopes, rotary_table
-from ..sequence import SequenceContext
+from ..sequence import Halos, SequenceContext
 from .mixer import Mixer
 
 
@@ -45,10 +45,9 @@ class Attention(Mixer):
 
     def forward(self, x: Tensor, seq: SequenceContext) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
-        q, k, v = self._project(x, seq.segments.positions)
         reach = None if self.keys_seen is None else self.keys_seen - 1
-        (k, keys), (v, values) = seq.left_halo("keys", k, reach), seq.left_halo("values", v, reach)
-        keys, values = keys(), values()
+        q, k, v, halos = self._project_with_halos(x, seq, reach, alone=True)
+        keys, values = halos()
         options = {"window": self.keys_seen, "key_offset": -keys.shape[1], "alibi_slopes": self._slopes(x.device)}
         k, v = after(keys, k), after(values, v)
         y = attention(q, k, v, seq.segments, **options, implementation=self.implementation)
@@ -75,12 +74,26 @@ class Attention(Mixer):
 
     def _project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries [B, T, H, K], rotated keys and values [B, T, Hkv, K]."""
-        q, k, v = (linear(x).unflatten(-1, (-1, self.head_dim)) for linear in (self.query, self.key, self.value))
-        if self.rotary_dims == 0:
-            return q, k, v
-        cos, sin = rotary_table(positions, self.rotary_dims, self.rope_base, wide(x).dtype)
-        q, k = (rotary(t, cos, sin, implementation=self.implementation) for t in (q, k))
-        return q, k, v
+        table = self._table(x, positions)
+        return self._heads(self.query, x, table), self._heads(self.key, x, table), self._heads(self.value, x)
+
+    def _project_with_halos(
+        self, x: Tensor, seq: SequenceContext, n: int | None, alone: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Halos]:
+        """The same, and the halos of keys and values as in `left_halos`: under way while queries are computed."""
+        table = self._table(x, seq.segments.positions)
+        entries = {"keys": self._heads(self.key, x, table), "values": self._heads(self.value, x)}
+        (k, v), halos = seq.left_halos(entries, n, alone)
+        return self._heads(self.query, x, table), k, v, halos
+
+    def _table(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor] | None:
+        """cos and sin of the rotations; None where nothing is rotated."""
+        return rotary_table(positions, self.rotary_dims, self.rope_base, wide(x).dtype) if self.rotary_dims else None
+
+    def _heads(self, linear: nn.Module, x: Tensor, table: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """[B, T, H or Hkv, K], rotated where a table is given."""
+        heads = linear(x).unflatten(-1, (-1, self.head_dim))
+        return heads if table is None else rotary(heads, *table, implementation=self.implementation)
 
     def _slopes(self, device: torch.device) -> Tensor | None:
         """This rank's part of the slopes of all heads."""

@@ -62,13 +62,11 @@ class LinearizedAttention(Attention):
 
     def forward(self, x: Tensor, seq: SequenceContext) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
-        q, k, v = self._project(x, seq.segments.positions)
         taps = self.conv_weight.shape[1]
-        k, keys = seq.left_halo("keys", k, self.group - 1)
-        v, values = seq.left_halo("values", v, max(self.group, taps) - 1)
+        q, k, v, halos = self._project_with_halos(x, seq, max(self.group, taps) - 1, alone=False)
         across = self._across(q, k, v, seq)
-        keys, values = keys(), values()
-        y = self._inside(q, after(keys, k), after(last(values, self.group - 1), v), seq.segments)
+        keys, values = halos()
+        y = self._inside(q, after(last(keys, self.group - 1), k), after(last(values, self.group - 1), v), seq.segments)
         y = y + self._factor(x) * across()
         tail = self._repeat(last(values, taps - 1)).flatten(2)
         where = {"segments": seq.segments, "implementation": self.implementation}
@@ -81,7 +79,7 @@ class LinearizedAttention(Attention):
         q, k, v = (t[:, 0] for t in self._project(x[:, None], position[:, None]))
         keys, values = after(carry["keys"], k[:, None]), after(carry["values"], v[:, None])
         inside = attend if self.local == "softmax" else attend_squared
-        y = inside(q, keys, last(values, self.group), position % self.group + 1)
+        y = inside(q, last(keys, self.group), last(values, self.group), position % self.group + 1)
         state = carry["state"].masked_fill((position == 0)[:, None, None, None, None], 0)
         k, v = (self._repeat(t) if self.projected else t for t in (k, v))
         across, state = linear_attention_step(*self._map(q, k), v, None, state, position, **self.options)
@@ -95,12 +93,12 @@ class LinearizedAttention(Attention):
         """Zeros: the last keys (rotated) and values, and the fp32 (fp64) sums over all keys and over the open group."""
         kv_heads = self.key.get_parameter("weight").shape[0] // self.head_dim
         heads = self.global_scale.shape[0] if self.projected else kv_heads
-        values = max(self.group, self.conv_weight.shape[1]) - 1
+        kept = (batch, max(self.group, self.conv_weight.shape[1]) - 1, kv_heads, self.head_dim)
         state_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         state = (batch, heads, 2, self.features, self.head_dim + self.options["normalize"])
         return {
-            "keys": torch.zeros(batch, self.group - 1, kv_heads, self.head_dim, device=device, dtype=dtype),
-            "values": torch.zeros(batch, values, kv_heads, self.head_dim, device=device, dtype=dtype),
+            "keys": torch.zeros(kept, device=device, dtype=dtype),
+            "values": torch.zeros(kept, device=device, dtype=dtype),
             "state": torch.zeros(state, device=device, dtype=state_dtype),
         }
 

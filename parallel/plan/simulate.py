@@ -83,7 +83,7 @@ SHARED = (SUMMARIES, TENSOR, CARRIES, HALOS, BUBBLE, TRANSFERS, GRADIENTS, GATHE
 
 
 def simulate(
-    load: Load, cluster: Cluster, ratios: Mapping[str, Ratio] = RATIOS, overlap: float = 0.0, by_node: bool = False
+    load: Load, cluster: Cluster, ratios: Mapping[str, Ratio] = RATIOS, overlap: float = 0.0, by_node: bool = True
 ) -> Step:
     """The step of `load` on `cluster`.
 
@@ -92,8 +92,8 @@ def simulate(
         cluster: GPUs and links.
         ratios: of ops to their floors.
         overlap: share of the last micro-batch's time that hides the reduction of gradients.
-        by_node: carries of more than FLAT_RANKS context ranks are gathered and folded inside nodes first, which the
-            engine does not do yet.
+        by_node: carries of more than FLAT_RANKS context ranks are gathered and folded inside nodes first, as the
+            engine does.
     """
     if load.precision != "bf16":
         raise ConfigError(f"precision is {load.precision}; steps are simulated in bf16, whose rates were measured")

@@ -268,4 +268,4 @@ def halo_elements(load: Load, options: MixerConfig) -> list[tuple[int, int]]:
     entry = local_heads(load, options)[1] * options.head_dim
     behind = (load.dims.context - 1) * load.piece
     reach = behind if options.keys_seen is None else min(options.keys_seen - 1, behind)
-    return [(reach, entry), (reach, entry)]
+    return [(reach, 2 * entry)]

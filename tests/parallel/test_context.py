@@ -35,6 +35,16 @@ def test_pieces_see_the_rows_documents(lengths, size):
         assert segments.cu_seqlens.tolist() == bounds(row.resets[:, here])
 
 
+def test_pieces_of_pinned_rows_are_pinned(monkeypatch):
+    """Or their copies to a GPU would wait for it."""
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda tensor: True)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)
+    piece = piece_of(batch_of([[TOKENS]], 0), 1, 2)
+    held = [value for value in vars(piece).values() if isinstance(value, torch.Tensor)]
+    assert len(held) == 5 and all(any(tensor is other for other in pinned) for tensor in held)
+
+
 def bounds(resets):
     """Where segments begin in rows laid end to end, each row beginning one, and their end."""
     resets = resets.clone()

@@ -23,6 +23,7 @@ MIXED = {
     "short_conv": ("based", 0),
     "local_attention": ("griffin", 0),
 }
+ATTENDING = ["local_attention", "linearized_attention"]
 # Lengths of a row's documents, pieces of 7: spanning three ranks, beginning at an edge, and inside of a piece.
 DOCUMENTS = [[21], [7, 14], [4, 15, 2]]
 
@@ -57,8 +58,8 @@ def largest_error(name):
 
 
 def exchanged(name, tokens):
-    """[calls and bytes of all-gathers, bytes of halos] of this rank, forward and backward."""
-    counts = {"calls": 0, "gathered": 0, "sent": 0}
+    """[calls and bytes of all-gathers, messages and bytes of halos] of this rank, forward and backward."""
+    counts = {"calls": 0, "gathered": 0, "messages": 0, "sent": 0}
     gather, message = dist.all_gather_into_tensor, dist.P2POp
 
     def counted_gather(into, flat, **options):
@@ -67,6 +68,7 @@ def exchanged(name, tokens):
         return gather(into, flat, **options)
 
     def counted_message(op, tensor, **options):
+        counts["messages"] += op is dist.isend
         counts["sent"] += tensor.nbytes * (op is dist.isend)
         return message(op, tensor, **options)
 
@@ -84,11 +86,28 @@ def exchanged(name, tokens):
     return found
 
 
+def hidden_behind(name):
+    """What happens to halos and queries, in order, forward and backward."""
+    mixer, log = mixer_of(name), []
+    begin, end = collectives._Way.begin, collectives._Way.end
+    mixer.query.register_forward_hook(lambda *_: log.append("queries"))
+    mixer.query.weight.register_hook(lambda _: log.append("queries"))
+    x, weight = inputs(70, config_of(MIXED[name][0]).width)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(collectives._Way, "begin", lambda *way: log.append("begin") or begin(*way))
+        patch.setattr(collectives._Way, "end", lambda way: log.append("end") or end(way))
+        mixer(x, ContextParallelContext(Segments.whole(len(x), 70), dist.group.WORLD)).backward(weight)
+    return log
+
+
 def every_check():
-    return {
+    found = {
         name: {"error": largest_error(name), "bytes": [exchanged(name, tokens) for tokens in (70, 140)]}
         for name in MIXED
     }
+    for name in ATTENDING:
+        found[name]["order"] = hidden_behind(name)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -116,3 +135,11 @@ def test_bytes_do_not_grow_with_the_tokens(ranks, name):
     sent = [[way["sent"] for way in found[name]["bytes"][0]] for found in ranks]
     assert sent[0][0] == sent[-1][1] and sent[0][1] == sent[-1][0] == 0
     assert (sent[0][0] > 0) == (name != "taylor_attention")
+    # Keys and values travel together.
+    assert all(way["messages"] <= 1 for found in ranks for way in found[name]["bytes"][0])
+
+
+@pytest.mark.parametrize("name", ATTENDING)
+def test_halos_travel_while_queries_are_computed(ranks, name):
+    for found in ranks:
+        assert found[name]["order"] == ["begin", "queries", "end"] * 2

@@ -91,6 +91,10 @@ class Piece:
     def left_halo(self, name, x, n, alone=False):
         return x, lambda: x.new_zeros(x.shape[0], (self.size - 1) * x.shape[1] if n is None else n, *x.shape[2:])
 
+    def left_halos(self, entries, n, alone=False):
+        halos = [self.left_halo(name, x, n)[1] for name, x in entries.items()]
+        return list(entries.values()), lambda: [halo() for halo in halos]
+
     def initial_state(self, name, summarize):
         with torch.no_grad():
             state, _ = summarize()
