@@ -275,6 +275,8 @@ def _stat(path: str, name: str) -> SourceFile | Skipped:
     if index_file(path) == path:
         data = os.stat(data_file(path)).st_mtime_ns if os.path.exists(data_file(path)) else 0
         return SourceFile(path, name, "megatron", status.st_size, max(status.st_mtime_ns, data))
+    if lower.endswith(".bin"):
+        return Skipped("unreadable", name, "Megatron's .bin is read through its .idx, which is not beside it")
     if lower.endswith((".zst", ".bz2", ".xz", ".zip", ".tar")):
         raise ConfigError(f"{path}: this compression is not supported; unpack it, or pack JSON lines with gzip.")
     kind = next((kind for suffix, kind in _SUFFIXES.items() if lower.endswith(suffix)), "text")

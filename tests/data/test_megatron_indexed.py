@@ -40,6 +40,13 @@ def test_a_pair_is_one_source_by_whatever_name(tmp_path, source):
     assert [item.ids.tolist() for item in read(tmp_path / source)] == FLAT
 
 
+def test_data_without_an_index_are_not_taken_for_text(tmp_path):
+    write_pair(tmp_path / "a", DOCUMENTS)
+    (tmp_path / "a.idx").unlink()
+    (item,) = read(tmp_path / "a.bin")
+    assert item == Skipped("unreadable", "a.bin", "Megatron's .bin is read through its .idx, which is not beside it")
+
+
 @pytest.mark.parametrize("layout", ["mapped", "listed"])
 def test_an_index_of_nothing_gives_nothing(tmp_path, layout):
     write_pair(tmp_path / "a", [], layout=layout)
