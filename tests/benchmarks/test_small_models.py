@@ -53,7 +53,7 @@ def test_a_family_is_trained_scored_recorded_and_shown(folders, text):
     assert float(points[1]["bits_per_byte"]) < 0.8 * float(points[0]["bits_per_byte"])
     assert heldout < float(points[0]["bits_per_byte"])
     page = (folders / "small-models.md").read_text()
-    assert f"| {name} | 0.1M | {heldout:.4f} |  |" in page
+    assert f"| {name} | 0.0M | {heldout:.4f} |  |" in page
     assert "rows of 8 | rows of 32 | rows of 64 | rows of 128 | rows of 256" in page
     assert "| hawk-small | 30.9M | not run |" in page
 

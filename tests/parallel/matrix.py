@@ -1,5 +1,7 @@
 """The body of the matrix: a tiny model trained for some steps in some layout, and what came out of it."""
 
+from unittest.mock import patch
+
 import torch
 from torch.nn.functional import cross_entropy
 
@@ -14,8 +16,8 @@ VOCABULARY, TOKENS, STEPS, RATE = 33, 24, 5, 1e-2
 OPTIONS = OptimizerOptions(clip=0.5, weight_decay=0.1, eps=1e-2)
 # So that stage 3 shards parameters of such small models, norms among them, and keeps small biases whole.
 deepspeed_setup.KEPT_WHOLE = 30
-# So that an MLP that is computed again has several tiles, of other lengths than its documents.
-tiles.TILE = 14
+# Tokens a tile: an MLP that is computed again has several, of other lengths than its documents.
+TILE = 14
 
 # What is trained: preset and changes.
 FAMILIES = {
@@ -145,6 +147,7 @@ def batches_of(step, packed):
     return [batch_of(rows, 100 * step + index) for index, rows in enumerate(lengths)]
 
 
+@patch.object(tiles, "TILE", TILE)
 def train(family, packed, dims, device="cpu", precision="fp64", **options):
     """{name: tensor} of every step's loss, gradient norm and gradients, and of the weights at the end; logical.
 
