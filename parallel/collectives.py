@@ -108,6 +108,11 @@ def gather_tokens(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return _GatherTokens.apply(x, group)
 
 
+def sum_tokens(parts: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """This rank's tokens [B, T, ...] of the sum of every rank's [B, size * T, ...]; the adjoint of `gather_tokens`."""
+    return _SumTokens.apply(parts, group)
+
+
 def sum_gradients(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """x, the same on every rank, where each rank's use of it gives a part of its gradient; backward sums."""
     return _SumGradients.apply(x, group)
@@ -214,19 +219,36 @@ def _begin_gather(flat: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, dist.
 class _GatherTokens(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group, ctx.shape = group, x.shape
-        pieces, work = _begin_gather(x.flatten(), group)
-        work.wait()
-        pieces = pieces.view(group.size(), *x.shape)
-        return pieces.transpose(0, 1).flatten(1, 2)
+        ctx.group = group
+        return _gathered(x, group)
 
     @staticmethod
     def backward(ctx, *grads: Tensor):
-        (grad,), group = grads, ctx.group
-        dx = grad.new_empty(ctx.shape)
-        pieces = grad.unflatten(1, (group.size(), -1)).transpose(0, 1).contiguous()
-        dist.reduce_scatter_tensor(dx.view(-1), pieces.view(-1), group=group)
-        return dx, None
+        return _scattered(grads[0], ctx.group), None
+
+
+class _SumTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, parts: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return _scattered(parts, group)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):
+        return _gathered(grads[0], ctx.group), None
+
+
+def _gathered(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    pieces, work = _begin_gather(x.flatten(), group)
+    work.wait()
+    return pieces.view(group.size(), *x.shape).transpose(0, 1).flatten(1, 2)
+
+
+def _scattered(parts: Tensor, group: dist.ProcessGroup) -> Tensor:
+    pieces = parts.unflatten(1, (group.size(), -1)).transpose(0, 1).contiguous()
+    total = torch.empty_like(pieces[0])
+    dist.reduce_scatter_tensor(total.view(-1), pieces.view(-1), group=group)
+    return total
 
 
 class _SumGradients(torch.autograd.Function):

@@ -28,6 +28,7 @@ class LossModule(nn.Module):
     def __init__(self, model: LanguageModel, context: dist.ProcessGroup | None = None, z_loss: float = 0.0):
         super().__init__()
         self.model, self.context, self.z_loss = model, context, z_loss
+        self._compiled = any(module._compiled_call_impl is not None for module in model.modules())
 
     def forward(self, batch: Batch, layers: range | None = None, x: Tensor | None = None) -> Tensor:
         """Returns the summed loss of `batch`, a scalar; 0 where every label is IGNORED_LABEL.
@@ -38,8 +39,8 @@ class LossModule(nn.Module):
                 back.
             x: the hidden states that those blocks read; made from the tokens unless given.
         """
-        # Blocks that are compiled are so for any number of documents.
-        torch._dynamo.maybe_mark_dynamic(batch.cu_seqlens, 0)
+        if self._compiled:  # for any number of documents
+            torch._dynamo.maybe_mark_dynamic(batch.cu_seqlens, 0)
         segments = Segments(batch.cu_seqlens, batch.continues, batch.doc_start)
         group = self.context
         pieces = [ContextParallelContext(segments, group) for _ in self.model.blocks] if group else None

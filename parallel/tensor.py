@@ -29,7 +29,7 @@ from ..models.backend import BlockDiagonalLinear, Linear
 from ..models.config import LoRAConfig
 from ..models.norm import LayerNorm, RMSNorm
 from ..models.parameters import Logical, normal, zeros
-from .collectives import gather_tokens, sum_gradients, sum_parts
+from .collectives import gather_tokens, sum_gradients, sum_parts, sum_tokens
 from .dims import ParallelDims
 from .groups import layout_groups
 
@@ -280,24 +280,9 @@ class RowAdapter(Adapter):
 def _reduced(parts: Tensor, scatters: bool, group: dist.ProcessGroup) -> Tensor:
     """The sum of the ranks' `parts` [B, T, D], which it may write over; or of this rank's T / tensor tokens of them."""
     if scatters:
-        return _SumTokens.apply(parts, group)
+        # Megatron scatters the first dim, which is not the tokens'.
+        return sum_tokens(parts, group)
     return reduce_from_tensor_model_parallel_region(parts, group=group)
-
-
-class _SumTokens(torch.autograd.Function):
-    """The adjoint of `gather_tokens`. Megatron scatters a tensor's first dim, which is not the tokens'."""
-
-    @staticmethod
-    def forward(ctx, parts: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        pieces = parts.unflatten(1, (group.size(), -1)).transpose(0, 1).contiguous()
-        y = torch.empty_like(pieces[0])
-        dist.reduce_scatter_tensor(y.view(-1), pieces.view(-1), group=group)
-        return y
-
-    @staticmethod
-    def backward(ctx, *grads: Tensor):
-        return gather_tokens(grads[0], ctx.group), None
 
 
 class SharedHeadLinear(Linear):

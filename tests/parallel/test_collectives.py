@@ -8,7 +8,7 @@ import torch.distributed as dist
 from distributed import run_distributed
 
 from longscan.parallel import ParallelDims, groups, process_group
-from longscan.parallel.collectives import StateExchange, gather_tokens, left_halos, sum_gradients, sum_parts
+from longscan.parallel.collectives import StateExchange, gather_tokens, left_halos, sum_gradients, sum_parts, sum_tokens
 
 RANKS, BATCH, TOKENS, WIDTH = 3, 2, 4, 5
 # Within a piece, a whole piece, over two pieces, all there is, and longer than the row.
@@ -61,6 +61,8 @@ def adjoints():
             errors[f"{function.__name__} {n}"] = error
     wide = random("y", BATCH, RANKS * TOKENS, WIDTH)
     errors["gather_tokens"] = adjoint_error(lambda x: gather_tokens(x, group), random("x", *piece), wide)
+    whole, mine = random("x", BATCH, RANKS * TOKENS, WIDTH), random("y", *piece)
+    errors["sum_tokens"] = adjoint_error(lambda x: sum_tokens(x, group), whole, mine)
     shared = random("x", *piece, shared=True)
     errors["sum_gradients"] = adjoint_error(
         lambda x: sum_gradients(x, group), shared.clone(), random("y", *piece), x_shared=True
