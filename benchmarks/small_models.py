@@ -251,6 +251,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"{', '.join(sorted(unknown))}: no family; known: {', '.join(FAMILIES)}")
     if not options.here and options.text is None:
         parser.error("name the folder of Python sources with --text")
+    if options.text is not None and not options.text.is_dir():
+        parser.error(f"--text is {options.text}, which is no folder")
     return options
 
 
