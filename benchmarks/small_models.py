@@ -98,6 +98,8 @@ class Task:
 
 def prepare(text: Path, work: Path, vocabulary: int) -> None:
     """Makes the corpus, unless it is there, by the command line: its processes must not each import this module."""
+    if not text.is_dir():
+        sys.exit(f"--text is {text}, which is no folder")
     pattern, tokenizer = "**/*.py", work / "tokenizer.json"
     work.mkdir(parents=True, exist_ok=True)
     if not tokenizer.exists():
@@ -251,8 +253,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"{', '.join(sorted(unknown))}: no family; known: {', '.join(FAMILIES)}")
     if not options.here and options.text is None:
         parser.error("name the folder of Python sources with --text")
-    if options.text is not None and not options.text.is_dir():
-        parser.error(f"--text is {options.text}, which is no folder")
     return options
 
 
