@@ -55,11 +55,7 @@ class Segments:
     @_kept
     def resets(self) -> Tensor:
         """bool [B, T], true at a document's first token: where state, convolution and RG-LRU start afresh."""
-        starts = torch.zeros(self.batch * self.tokens, dtype=torch.bool, device=self.doc_start.device)
-        starts[self.cu_seqlens[:-1].long()] = True
-        starts = starts.view(self.batch, self.tokens)
-        first = starts[:, :1] & ~self.continues[:, None]
-        return torch.cat([first, starts[:, 1:]], dim=1)
+        return self.positions == 0
 
     @_kept
     def documents(self) -> Tensor:
