@@ -52,23 +52,39 @@ def test_bf16_trains_saves_and_loads_over_nccl(tmp_path):
 
 PAIRS = [name for name, (dims, _) in LAYOUTS.items() if dims.world_size == 2]
 FAMILIES = ["griffin", "based", "linearized"]
+# Of one bf16 number: errors of losses below it are chance, and their ratio says nothing.
+ROUNDING = 2**-9
 
 
-def train_pairs(folder, family):
-    """Every layout of two ranks over NCCL: the worst error in fp64, and in bf16 that of loss and first gradients."""
-    rank, found = int(os.environ["RANK"]), {}
+def train_pair(folder, family, name, alone):
+    """One layout of two ranks over NCCL: the worst error in fp64, and in bf16 that of loss and first gradients."""
+    rank = int(os.environ["RANK"])
     torch.cuda.set_device(rank)
-    expected, alone = (load_file(f"{folder}/{kind}.safetensors") for kind in ("exact", "bf16"))
-    for name in (name for name in PAIRS if fits(family, name)):
-        dims, options = LAYOUTS[name]
-        place = {"rank": rank, "world_size": 2, "store": f"{folder}/{name}", "device": f"cuda:{rank}"}
-        with process_group(**place, timeout_seconds=60):
-            here = {"device": f"cuda:{rank}", **options}
-            exact = worst(train_layout(family, True, dims, **here), expected)
-            rounded = train_layout(family, True, dims, precision="bf16", **here)
-            one = {name: alone[name] for name in rounded if name in alone}
-            found[name] = [exact, rounding(rounded, expected), rounding(one, expected)]
-    return found
+    expected, one = (load_file(f"{alone}/{kind}.safetensors") for kind in ("exact", "bf16"))
+    dims, options = LAYOUTS[name]
+    here = {"device": f"cuda:{rank}", **options}
+    place = {"rank": rank, "world_size": 2, "store": f"{folder}/store", "device": f"cuda:{rank}"}
+    with process_group(**place, timeout_seconds=60):
+        exact = worst(train_layout(family, True, dims, **here), expected)
+        rounded = train_layout(family, True, dims, precision="bf16", **here)
+    one = {name: one[name] for name in rounded if name in one}
+    return exact, rounding(rounded, expected), rounding(one, expected)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """A family's training in one process, in fp64 and in bf16: the folder that has both."""
+    folders = {}
+
+    def train_alone(family):
+        if family not in folders:
+            folders[family] = folder = tmp_path_factory.mktemp(family)
+            save_file(train_layout_plainly(family, True), folder / "exact.safetensors")
+            rounded = train_layout(family, True, ParallelDims(zero=0), device="cuda:0", precision="bf16")
+            save_file(rounded, folder / "bf16.safetensors")
+        return folders[family]
+
+    return train_alone
 
 
 def rounding(found, expected):
@@ -83,14 +99,10 @@ def rounding(found, expected):
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
-@pytest.mark.timeout(400)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_pairs_of_gpus_train_like_one_process(family, tmp_path):
-    save_file(train_layout_plainly(family, True), tmp_path / "exact.safetensors")
-    alone = train_layout(family, True, ParallelDims(zero=0), device="cuda:0", precision="bf16")
-    save_file(alone, tmp_path / "bf16.safetensors")
-    for ranks in run_distributed(train_pairs, 2, tmp_path, family, join=False, timeout=380):
-        for name, (exact, rounded, one) in ranks.items():
-            assert exact[0] <= TOLERANCES[LAYOUTS[name][0].zero], (name, exact)
-            # Other orders of summation, not other sums: as far from fp64 as one GPU is, give or take.
-            assert all(a <= 2 * b for a, b in zip(rounded, one, strict=True)), (name, rounded, one)
+@pytest.mark.timeout(150)
+@pytest.mark.parametrize(("family", "name"), [(f, name) for f in FAMILIES for name in PAIRS if fits(f, name)])
+def test_a_pair_of_gpus_trains_like_one_process(family, name, alone, tmp_path):
+    for exact, rounded, one in run_distributed(train_pair, 2, tmp_path, family, name, alone(family), join=False):
+        assert exact[0] <= TOLERANCES[LAYOUTS[name][0].zero], exact
+        # Other orders of summation, not other sums: as far from fp64 as one GPU is, give or take.
+        assert all(a <= max(2 * b, ROUNDING) for a, b in zip(rounded, one, strict=True)), (rounded, one)
