@@ -7,11 +7,13 @@ files do not change.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from ..kernels import linear_cross_entropy
 from .adapter import Adapter
@@ -40,7 +42,13 @@ class Backend(Protocol):
         ...
 
     def norm(self, kind: str, width: int, eps: float) -> nn.Module:
-        """The norm between the residual stream, of which a rank may hold a part, and layers that see every token."""
+        """The norm before the head: of the residual stream, of which a rank may hold a part, for every token."""
+        ...
+
+    def project(self, x: Tensor, *linears: nn.Module) -> Iterator[Tensor]:
+        """What column and head linears of this backend make of x, the normed residual stream, for every token.
+
+        In their order, and each when it is asked for, where nothing is gained by having it earlier."""
         ...
 
     def column_linear(self, inputs: int, outputs: int, bias: bool, variance: float) -> nn.Module:
@@ -98,6 +106,10 @@ class LocalBackend:
     def norm(self, kind: str, width: int, eps: float) -> nn.Module:
         """A plain norm."""
         return NORMS[kind](width, eps)
+
+    def project(self, x: Tensor, *linears: nn.Module) -> Iterator[Tensor]:
+        """Each linear of x."""
+        return (linear(x) for linear in linears)
 
     def column_linear(self, inputs: int, outputs: int, bias: bool, variance: float) -> nn.Module:
         """A plain linear."""
@@ -178,4 +190,29 @@ class Embedding(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """[...] -> [..., width]."""
-        return F.embedding(tokens, self.weight)
+        return lookup(tokens, self.weight)
+
+
+def lookup(tokens: Tensor, table: Tensor) -> Tensor:
+    """`table[tokens]`, [..., D] of tokens [...] and a table [V, D]; the gradient's bits repeat, on a GPU too."""
+    return _Lookup.apply(tokens, table)
+
+
+class _Lookup(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, table: Tensor) -> Tensor:
+        ctx.save_for_backward(tokens)
+        ctx.rows = len(table)
+        return F.embedding(tokens, table)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
+        (tokens,) = ctx.saved_tensors
+        mode = torch.get_deterministic_debug_mode()
+        # Else tokens that come often are summed with atomics, in any order.
+        torch.set_deterministic_debug_mode("error")
+        try:
+            return None, torch.ops.aten.embedding_dense_backward(grads[0], tokens, ctx.rows, -1, False)
+        finally:
+            torch.set_deterministic_debug_mode(mode)

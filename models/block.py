@@ -10,6 +10,7 @@ from .backend import Backend
 from .config import ModelConfig
 from .mixers import MIXERS
 from .mlp import MLP
+from .norm import NORMS
 from .sequence import SequenceContext
 
 ACTIVATION_CHECKPOINTS = ("none", "selective", "full", "offload")
@@ -37,9 +38,9 @@ class Block(nn.Module):
         activation_checkpoint: str = "none",
     ) -> None:
         super().__init__()
-        self.mixer_norm = backend.norm(config.norm, config.width, config.norm_eps)
+        self.mixer_norm = NORMS[config.norm](config.width, config.norm_eps)
         self.mixer = MIXERS[mixer](config, backend, implementation)
-        self.mlp_norm = backend.norm(config.norm, config.width, config.norm_eps)
+        self.mlp_norm = NORMS[config.norm](config.width, config.norm_eps)
         self.mlp = MLP(config, backend)
         self.activation_checkpoint = activation_checkpoint
 

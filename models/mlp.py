@@ -24,7 +24,7 @@ class MLP(nn.Module):
         self.gate = backend.column_linear(width, hidden, bias, 1 / width) if config.mlp.gated else None
         self.up = backend.column_linear(width, hidden, bias, 1 / width)
         self.down = backend.row_linear(hidden, width, bias, 2 / (config.layers * hidden))
-        self.activation = config.mlp.activation
+        self.activation, self.project = config.mlp.activation, backend.project
 
     def forward(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
         """[..., D] -> [..., D]; with `norm` `x + mlp(norm(x))` of x [B, T, D], of which only x is kept (`tiles`)."""
@@ -32,8 +32,9 @@ class MLP(nn.Module):
 
     def _feed(self, x: Tensor) -> Tensor:
         if self.gate is None:
-            return self.down(ACTIVATIONS[self.activation](self.up(x)))
-        return self.down(gated(self.activation, self.gate(x), self.up(x)))
+            (up,) = self.project(x, self.up)
+            return self.down(ACTIVATIONS[self.activation](up))
+        return self.down(gated(self.activation, *self.project(x, self.gate, self.up)))
 
 
 def gated(activation: str, gate: Tensor, up: Tensor) -> Tensor:

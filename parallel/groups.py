@@ -182,6 +182,8 @@ def _make_groups(state: Any, dims: ParallelDims) -> None:
         order="tp-cp-ep-pp-dp",
         create_gloo_process_groups=False,
         distributed_timeout_minutes=options._timeout.total_seconds() / 60,
+        # What travels while products are computed does not wait for those to leave the GPU.
+        high_priority_stream_groups=None if on_cpu else ["tp", "cp"],
     )
     _nodes.clear()
     if levels := _level_ranks(dims):

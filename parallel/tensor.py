@@ -1,14 +1,14 @@
 """Tensor parallelism: Megatron's layers behind the Backend that models are built from, and their loss.
 
-Layers divide channels, heads and vocabulary; a mixer meets no collective. A layer's input is summed over once in the
-backward pass, at the norm before it, whatever number of column linears reads it: one all-reduce each way for a mixer
-or MLP. With sequence_parallel the residual stream holds T / tensor tokens of each row, norms gather and row linears
-scatter; what a norm gathers is kept for the backward pass whole, where Megatron's column linear would gather again.
+Layers divide channels, heads and vocabulary; a mixer meets no collective. The gradient of a layer's input is summed
+once, whatever number of column linears reads it: one all-reduce each way for a mixer or MLP. With sequence_parallel
+the residual stream holds T / tensor tokens of each row, column linears gather and row linears scatter; what they
+gather is kept for the backward pass whole, where Megatron's column linear would gather again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
@@ -25,16 +25,18 @@ from torch import Tensor, nn
 from ..kernels import loss_from_pieces, vocabulary_pieces
 from ..models import LanguageModel, LocalBackend, ModelConfig
 from ..models.adapter import Adapter
-from ..models.backend import BlockDiagonalLinear, Linear
+from ..models.backend import BlockDiagonalLinear, Linear, lookup
 from ..models.config import LoRAConfig
 from ..models.norm import LayerNorm, RMSNorm
 from ..models.parameters import Logical, normal, zeros
 from .collectives import gather_tokens, sum_gradients, sum_parts, sum_tokens
 from .dims import ParallelDims
 from .groups import layout_groups
+from .products import Matrix, project, sum_products
 
 # What exchanges with other ranks: torch.compile leaves it out of its graphs.
 eager = cast("Callable[[Any], Any]", torch.compiler.disable)
+_projected, _summed = eager(project), eager(sum_products)
 
 
 class MegatronBackend:
@@ -79,8 +81,16 @@ class MegatronBackend:
         return (gather_tokens if self.sequence_parallel else sum_gradients)(x, self.group)
 
     def norm(self, kind: str, width: int, eps: float) -> nn.Module:
-        """A norm whose output every rank's layers share."""
+        """A norm whose output every rank's head reads."""
         return ENTERING_NORMS[kind](width, eps, self)
+
+    def project(self, x: Tensor, *linears: nn.Module) -> Iterator[Tensor]:
+        """All at once, while x is on its way; one after the other where an adapter or ZeRO 3 hooks into a linear."""
+        if any(linear._forward_hooks or linear._forward_pre_hooks for linear in linears):
+            whole = self.enter(x)
+            return (linear(whole) for linear in linears)
+        matrices = [cast("ColumnLinear | SharedHeadLinear", linear).matrix for linear in linears]
+        return iter(_projected(x, matrices, self.group, self.sequence_parallel))
 
     def column_linear(self, inputs: int, outputs: int, bias: bool, variance: float) -> nn.Module:
         """Megatron's, its outputs left divided."""
@@ -237,9 +247,14 @@ class ColumnLinear(ColumnParallelLinear):
         )
         self.specs = {"weight": normal(variance), "bias": zeros()}
 
+    @property
+    def matrix(self) -> Matrix:
+        """What inputs are multiplied by on this rank, and the bias."""
+        return self.weight, self.bias
+
     def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """[..., inputs] -> [..., outputs / tensor]; nothing is exchanged, and Megatron's way takes the host longer."""
-        return F.linear(x, self.weight, self.bias)
+        return F.linear(x, *self.matrix)
 
 
 class RowLinear(RowParallelLinear):
@@ -260,7 +275,7 @@ class RowLinear(RowParallelLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, inputs / tensor] -> [B, T, outputs], or [B, T / tensor, outputs] with sequence_parallel."""
-        y = _reduced(F.linear(x, self.weight), self.sequence_parallel, self.tp_group)
+        y = _summed(x, self.weight, self.tp_group, self.sequence_parallel)
         return y if self.bias is None else y + self.bias
 
 
@@ -294,9 +309,14 @@ class SharedHeadLinear(Linear):
         begin = backend.rank * heads // backend.size * head_dim
         self.rows = slice(begin, begin + head_dim)
 
+    @property
+    def matrix(self) -> Matrix:
+        """What inputs are multiplied by on this rank; no bias."""
+        return self.weight[self.rows], None
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., inputs] -> [..., head_dim]."""
-        return F.linear(x, self.weight[self.rows])
+        return F.linear(x, *self.matrix)
 
 
 class VocabularyEmbedding(VocabParallelEmbedding):
@@ -320,8 +340,10 @@ class VocabularyEmbedding(VocabParallelEmbedding):
 
     def forward(self, tokens: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """[B, T] -> [B, T, width], or [B, T / tensor, width] with sequence_parallel."""
-        x = super().forward(tokens)
-        return x.transpose(0, 1) if self.reduce_scatter_embeddings else x
+        rows = tokens - self.vocab_start_index
+        elsewhere = (rows < 0) | (rows >= len(self.weight))
+        x = lookup(rows.masked_fill(elsewhere, 0), self.weight).masked_fill(elsewhere[..., None], 0)
+        return _reduced(x, self.reduce_scatter_embeddings, self.tp_group)
 
 
 def _unused(weight: Tensor) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...kernels import attention, rotary
 from ..backend import Backend
@@ -32,7 +32,7 @@ class Attention(Mixer):
         self.position, self.keys_seen = options.position, options.keys_seen
         self.rotary_dims = options.rotary_dims
         self.use_positions(config)
-        self.local_heads = backend.part(self.heads)
+        self.local_heads, self.project = backend.part(self.heads), backend.project
         self.query, self.key, self.value = (
             # With biases no head is shared by queries of several ranks (`AttentionConfig.problems`).
             backend.column_linear(width, heads * self.head_dim, True, 1 / width)
@@ -75,24 +75,26 @@ class Attention(Mixer):
     def _project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries [B, T, H, K], rotated keys and values [B, T, Hkv, K]."""
         table = self._table(x, positions)
-        return self._heads(self.query, x, table), self._heads(self.key, x, table), self._heads(self.value, x)
+        k, v, q = self.project(x, self.key, self.value, self.query)
+        return self._heads(q, table), self._heads(k, table), self._heads(v)
 
     def _project_with_halos(
         self, x: Tensor, seq: SequenceContext, n: int | None, alone: bool
     ) -> tuple[Tensor, Tensor, Tensor, Halos]:
         """The same, and the halos of keys and values as in `left_halos`: under way while queries are computed."""
         table = self._table(x, seq.segments.positions)
-        entries = {"keys": self._heads(self.key, x, table), "values": self._heads(self.value, x)}
+        projections = self.project(x, self.key, self.value, self.query)
+        entries = {"keys": self._heads(next(projections), table), "values": self._heads(next(projections))}
         (k, v), halos = seq.left_halos(entries, n, alone)
-        return self._heads(self.query, x, table), k, v, halos
+        return self._heads(next(projections), table), k, v, halos
 
     def _table(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor] | None:
         """cos and sin of the rotations; None where nothing is rotated."""
         return rotary_table(positions, self.rotary_dims, self.rope_base, wide(x).dtype) if self.rotary_dims else None
 
-    def _heads(self, linear: nn.Module, x: Tensor, table: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """[B, T, H or Hkv, K], rotated where a table is given."""
-        heads = linear(x).unflatten(-1, (-1, self.head_dim))
+    def _heads(self, x: Tensor, table: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """x [B, T, H K or Hkv K] as heads [B, T, H or Hkv, K], rotated where a table is given."""
+        heads = x.unflatten(-1, (-1, self.head_dim))
         return heads if table is None else rotary(heads, *table, implementation=self.implementation)
 
     def _slopes(self, device: torch.device) -> Tensor | None:

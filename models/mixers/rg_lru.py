@@ -38,7 +38,7 @@ class RGLRU(Mixer):
         options, width = config.rg_lru, config.width
         channels = options.channels(width)
         self.local_channels = backend.local(channels)
-        self.implementation = implementation
+        self.implementation, self.project = implementation, backend.project
         self.input_x = backend.column_linear(width, channels, options.bias, 1 / width)
         self.input_y = backend.column_linear(width, channels, options.bias, 1 / width)
         self.conv_weight = nn.Parameter(torch.empty(self.local_channels, options.conv_taps))
@@ -55,8 +55,9 @@ class RGLRU(Mixer):
 
     def forward(self, x: Tensor, seq: SequenceContext) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
-        x_branch, halo = seq.left_halo("conv", self.input_x(x), self.conv_weight.shape[1] - 1, alone=True)
-        y_branch, tail = self.input_y(x), halo()
+        branches = self.project(x, self.input_x, self.input_y)
+        x_branch, halo = seq.left_halo("conv", next(branches), self.conv_weight.shape[1] - 1, alone=True)
+        y_branch, tail = next(branches), halo()
         tail = tail if tail.shape[1] else None
         u, _ = short_conv(
             x_branch, self.conv_weight, self.conv_bias, tail, seq.segments, implementation=self.implementation

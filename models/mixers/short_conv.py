@@ -23,6 +23,7 @@ class ShortConv(Mixer):
         options, width = config.short_conv, config.width
         channels = options.channels(width)
         self.local_channels, self.implementation = backend.local(channels), implementation
+        self.project = backend.project
         self.input_x = backend.column_linear(width, channels, options.bias, 1 / width)
         self.input_y = backend.column_linear(width, channels, options.bias, 1 / width)
         self.conv_weight = nn.Parameter(torch.empty(self.local_channels, options.taps))
@@ -31,8 +32,9 @@ class ShortConv(Mixer):
 
     def forward(self, x: Tensor, seq: SequenceContext) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
-        x_branch, halo = seq.left_halo("conv", self.input_x(x), self.conv_weight.shape[1] - 1, alone=True)
-        y_branch, tail = self.input_y(x), halo()
+        branches = self.project(x, self.input_x, self.input_y)
+        x_branch, halo = seq.left_halo("conv", next(branches), self.conv_weight.shape[1] - 1, alone=True)
+        y_branch, tail = next(branches), halo()
         options = {"activation": "silu", "implementation": self.implementation}
         u, _ = short_conv(x_branch, self.conv_weight, None, tail if tail.shape[1] else None, seq.segments, **options)
         return self.output(u * y_branch)

@@ -24,7 +24,7 @@ class TaylorAttention(Mixer):
         options, width = config.taylor_attention, config.width
         heads = options.query_heads(width)
         self.head_dim, self.feature_dim = options.head_dim, options.feature_dim
-        self.heads, self.implementation = backend.local(heads), implementation
+        self.heads, self.implementation, self.project = backend.local(heads), implementation, backend.project
         self.options = {"scale": options.scale or None, "normalize": options.normalize}
         self.query = backend.head_linear(width, heads, self.feature_dim, 1 / width)
         self.key = backend.head_linear(width, heads, self.feature_dim, 1 / width)
@@ -34,10 +34,11 @@ class TaylorAttention(Mixer):
 
     def forward(self, x: Tensor, seq: SequenceContext) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
-        k, v = self._heads(self.key(x)), self._heads(self.value(x))
+        projections = map(self._heads, self.project(x, self.key, self.value, self.query))
+        k, v = next(projections), next(projections)
         where = {"segments": seq.segments, "implementation": self.implementation}
         entry = seq.initial_state("state", lambda: taylor_attention_summarize(k, v, **where))
-        q = self._heads(self.query(x))
+        q = next(projections)
         y, final_state = taylor_attention(q, k, v, entry.state(), **where, **self.options, from_right=entry.from_right)
         seq.leave("state", final_state)
         return self.output(y.flatten(2))

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from longscan.errors import ConfigError
 from longscan.kernels import Segments
 from longscan.models import LanguageModel, LocalBackend, num_params
+from longscan.models.backend import lookup
 
 PATTERNS = {
     "griffin": ["rg_lru", "rg_lru", "local_attention"],
@@ -228,3 +229,12 @@ def test_bad_options_are_refused(make_config):
         LanguageModel(make_config(vocab_size=0))
     with pytest.raises(ConfigError, match="activation_checkpoint='some'"):
         LanguageModel(make_config(), activation_checkpoint="some")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_an_embedding_of_frequent_tokens_repeats_its_gradient():
+    tokens = torch.randint(50, (1, 4096), generator=torch.Generator().manual_seed(0)).cuda()
+    table, upstream = torch.randn(50, 256, device="cuda", requires_grad=True), torch.randn(1, 4096, 256, device="cuda")
+    first, *others = (torch.autograd.grad(lookup(tokens, table), table, upstream)[0] for _ in range(5))
+    assert all(torch.equal(first, other) for other in others)
