@@ -3,10 +3,11 @@
     python -m benchmarks.small_models --text SITE_PACKAGES [--work FOLDER] [--gpus N] [FAMILY...] [KEY=VALUE...]
 
 The Python sources are prepared once with a BPE of their own; then the families train by `launcher/presets/small.yaml`,
-one a GPU at a time, and each is scored at its training length and beyond. All share data, order of rows, batch,
-learning rate and seed; `KEY=VALUE` changes them for all and stands in what is recorded. What a family reached is
-recorded when it ends, its curve beside it, and `docs/small-models.md` is written at the end. `--here` trains in this
-process, for a debugger or a profiler, and records nothing.
+one a GPU at a time, and each is scored at its training length and beyond, and by whether a token repeats what stood
+before (`recall`). All share data, order of rows, batch, learning rate and seed; `KEY=VALUE` changes them for all and
+stands in what is recorded. What a family reached is recorded when it ends, its curve beside it, and
+`docs/small-models.md` is written at the end. `--here` trains in this process, for a debugger or a profiler, and
+records nothing.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from typing import Any
 
 import torch
 
+from longscan.data import HeldoutRows
 from longscan.data.bpe import train_bpe
 from longscan.launcher.config import Config, resolve
 from longscan.launcher.elastic.supervisor import train
@@ -42,6 +44,7 @@ from longscan.models import num_params
 
 from . import record as recording
 from . import small_models_page as page
+from .recall import losses_by_kind
 
 # Begun in this order: first those that take longest and the transformer that all are compared with.
 FAMILIES = ("linearized", "griffin", "based", "llama", "hawk", "alibi", "rope", "sinusoidal")
@@ -118,8 +121,10 @@ def measure(task: Task, threads: int) -> dict[str, Any]:
     steps, trained = RunFolder.open(task.folder).metrics.standing(), open_trained(task.folder)
     trained_length = config.stages[-1].seq_len
     lengths = [int(trained_length * factor) for factor in SCORED]
-    text = choose_text(trained.open_corpus(), trained.tokenizer, lengths[-1], SCORED_TOKENS)
+    corpus = trained.open_corpus()
+    text = choose_text(corpus, trained.tokenizer, lengths[-1], SCORED_TOKENS)
     scores = {length: score(trained.model, text, length) for length in lengths}
+    validated = HeldoutRows(corpus, trained_length)
     result = {
         "parameters": num_params(replace(config.model, vocab_size=0)),
         "tokens": sum(step["tokens"] for step in steps),
@@ -128,6 +133,7 @@ def measure(task: Task, threads: int) -> dict[str, Any]:
         "scored text": text.kind,
         "by length": {length: scored.bits_per_byte for length, scored in scores.items()},
         "last quarter by length": {length: scored.last_quarter for length, scored in scores.items()},
+        "share and nats by kind": losses_by_kind(trained.model, validated, config.validation.rows),
         "tokens per second": statistics.median(step["tokens_per_second"] for step in steps),
         "memory": max(step["memory_bytes"] for step in steps),
         "training seconds": trained_in,
@@ -207,11 +213,14 @@ def note(task: Task) -> None:
         return
     result = json.loads((task.folder / RESULT).read_text())
     bits = {f"bits per byte in rows of {length}": value for length, value in result["by length"].items()}
+    kinds = result["share and nats by kind"].items()
     figures = {
         page.PARAMETERS: (result["parameters"], "parameters", None),
         page.TOKENS: (result["tokens"], "tokens", None),
         page.HELDOUT: (result["heldout"], "bits/byte", None),
         **{metric: (value, "bits/byte", None) for metric, value in bits.items()},
+        **{page.share_of(kind): (share, "of tokens", None) for kind, (share, _) in kinds},
+        **{page.nats_of(kind): (nats, "nats/token", None) for kind, (_, nats) in kinds},
         page.RATE: (result["tokens per second"], "/s", None),
         page.MEMORY: (result["memory"] / 2**30, "GiB", None),
         page.SECONDS: (result["seconds"], "s", page.BUDGET),

@@ -21,6 +21,7 @@ from longscan.models import config_from_mapping, load_preset, num_params
 
 from . import record as recording
 from .figures import Figure, newest
+from .recall import KINDS, NEAR
 
 BENCH = "small_models"
 PARAMETERS = "parameters without the embedding"
@@ -58,7 +59,7 @@ Made by `python -m benchmarks.small_models_page` from `benchmarks/results/`. The
 on one GPU after the other or on as many as there are:
 
     python -m benchmarks.small_models --text SITE_PACKAGES
-    python -m benchmarks.small_models --text SITE_PACKAGES hawk optimizer.lr=1e-3
+    python -m benchmarks.small_models --text SITE_PACKAGES llama hawk optimizer.lr=4e-3
 
 The list: the eight `-small` presets, trained by `launcher/presets/small.yaml` on {tokens} tokens of Python source, in
 rows of 2,048 tokens of a byte-level BPE of 16,384. The time: at most 9 minutes for each to train, to be scored and to
@@ -67,6 +68,15 @@ batch, learning rate, schedule and seed, none of them tuned for a family.
 
 **Held out** is the bits per byte after the last step on files that no model trained on, packed into rows of 2,048
 tokens as in training. **Rows of N** scores the same long held-out files at every N, each row from its beginning.
+"""
+
+RECALL = f"""
+## What is copied, and what is not
+
+Held-out tokens that followed the same token before, earlier in the same document and row, are **repeated**: a copy from
+the context gives them. **Near** is up to {NEAR} tokens back. The rest are **new**. The mean loss on each kind is in
+nats a token; behind it stands the kind's share of the gap to {TRANSFORMER}, which is the difference of the losses
+summed over all tokens, or of the lead where a preset is ahead.
 """
 
 
@@ -99,7 +109,38 @@ def page() -> str:
     parts.append("|---|" + "---:|" * (len(names) + 2))
     others = [preset for preset in reached if preset not in PRESETS]
     parts += [preset_row(preset, reached, lengths) for preset in (*PRESETS, *others)]
+    split = [preset for preset in (*PRESETS, *others) if share_of(KINDS[0]) in reached.get(preset, {})]
+    parts += recall_table(split, reached) if split else []
     return "\n".join(parts) + "\n"
+
+
+def recall_table(presets: Sequence[str], reached: dict[str, dict[str, float]]) -> Iterator[str]:
+    """Yields the text and lines of the losses by kind of token."""
+    yield RECALL
+    yield row("preset", *KINDS)
+    yield "|---|" + "---:|" * len(KINDS)
+    yield row("share of all tokens", *(f"{reached[presets[0]][share_of(kind)]:.1%}" for kind in KINDS))
+    for preset in presets:
+        shares = gap_shares(reached[preset], transformer_of(preset, reached))
+        yield row(preset, *(f"{reached[preset][nats_of(kind)]:.3f}{shares.get(kind, '')}" for kind in KINDS))
+
+
+def gap_shares(values: dict[str, float], transformer: dict[str, float]) -> dict[str, str]:
+    """How to show each kind's share of the gap to the transformer; none for itself and where it was not measured."""
+    if values is transformer or nats_of(KINDS[0]) not in transformer:
+        return {}
+    gaps = [values[share_of(kind)] * (values[nats_of(kind)] - transformer[nats_of(kind)]) for kind in KINDS]
+    return {kind: f" ({gap / sum(gaps):z.0%})" for kind, gap in zip(KINDS, gaps, strict=True) if sum(gaps)}
+
+
+def share_of(kind: str) -> str:
+    """The metric of the share of held-out tokens that are of a kind."""
+    return f"share of tokens that are {kind}"
+
+
+def nats_of(kind: str) -> str:
+    """The metric of the mean loss on held-out tokens of a kind."""
+    return f"nats a token that is {kind}"
 
 
 def latest() -> list[Figure]:
@@ -126,14 +167,19 @@ def preset_row(preset: str, reached: dict[str, dict[str, float]], lengths: Seque
     if preset not in reached:
         parameters = num_params(config_from_mapping(load_preset(preset)))
         return row(preset, f"{parameters / 1e6:.1f}M", "not run", *[""] * (len(lengths) + 4))
-    values, (base, _, changes) = reached[preset], preset.partition(" ")
+    values, transformer = reached[preset], transformer_of(preset, reached).get(HELDOUT)
     parameters = f"{values[PARAMETERS] / 1e6:.1f}M"
-    twin = f"{TRANSFORMER}-{base.rpartition('-')[2]}"
-    transformer = (reached.get(f"{twin} {changes}".strip()) or reached.get(twin, {})).get(HELDOUT)
     against = "" if transformer is None else f"{values[HELDOUT] / transformer - 1:+.1%}"
     scored = (f"{bits:.3f}" if (bits := lengths_of(values).get(length)) else "" for length in lengths)
     cost = (f"{values[RATE]:,.0f}", f"{values[MEMORY]:.1f}", f"{values[SECONDS]:.0f}")
     return row(preset, parameters, f"{values[HELDOUT]:.4f}", against, *scored, *cost)
+
+
+def transformer_of(preset: str, reached: dict[str, dict[str, float]]) -> dict[str, float]:
+    """What the transformer of the preset's size reached: changed as the preset was, else unchanged, else nothing."""
+    base, _, changes = preset.partition(" ")
+    twin = f"{TRANSFORMER}-{base.rpartition('-')[2]}"
+    return reached.get(f"{twin} {changes}".strip()) or reached.get(twin, {})
 
 
 def row(*cells: str) -> str:

@@ -1,11 +1,18 @@
 """The comparison of the small models, whole with tiny presets; and its page from made-up figures."""
 
+import itertools
 import json
 
 import pytest
+import torch
 
-from longscan.benchmarks import record, small_models, small_models_page
+from longscan.benchmarks import recall, record, small_models, small_models_page
+from longscan.benchmarks.recall import KINDS, NEAR, kinds_of, tokens_back
 from longscan.benchmarks.small_models import FAMILIES, Task, curve, main
+from longscan.benchmarks.small_models_page import nats_of, share_of
+from longscan.data.batch import IGNORED_LABEL, Batch
+from longscan.kernels import Segments
+from longscan.launcher.run_folder import RunFolder
 from longscan.models import preset_names
 
 WORDS = ["def", "return", "class", "import", "self", "value", "index", "token", "state", "scan", "carry", "window"]
@@ -52,6 +59,13 @@ def test_a_family_is_trained_scored_recorded_and_shown(folders, text):
     assert [(line["preset"], int(line["step"])) for line in points] == [(name, 10), (name, 20)]
     assert float(points[1]["bits_per_byte"]) < 0.8 * float(points[0]["bits_per_byte"])
     assert heldout < float(points[0]["bits_per_byte"])
+    events = list(RunFolder.open(Task("griffin", "tiny", folders / "work", TINY).folder).events.read())
+    loss = next(event["heldout_loss"] for event in reversed(events) if event["event"] == "validated")
+    values = small_models_page.by_preset(figures)[name]
+    shares, nats = ([values[name_of(kind)] for kind in KINDS] for name_of in (share_of, nats_of))
+    assert sum(shares) == pytest.approx(1, abs=1e-5)
+    assert all(share > 0.01 for share in shares[:2])
+    assert sum(s * n for s, n in zip(shares, nats, strict=True)) == pytest.approx(loss, rel=1e-5)
     page = (folders / "small-models.md").read_text()
     assert f"| {name} | 0.0M | {heldout:.4f} |  |" in page
     assert "rows of 8 | rows of 32 | rows of 64 | rows of 128 | rows of 256" in page
@@ -120,6 +134,89 @@ def test_the_page_of_what_was_measured(folders, results):
     assert "| hawk-small | 30.7M | 0.8200 | +2.5% | 0.920 | 0.820 | 400,000 | 20.0 | 170 |" in page
     assert page.count("not run") == 6
     assert 5_000 < (folders / "figures" / "small_models.png").stat().st_size < 200_000
+
+
+def test_the_gap_to_the_transformer_is_split_by_kind(folders, results):
+    def figures(work: str, *nats: float) -> list[dict]:
+        metrics = {small_models_page.HELDOUT: 1.0, small_models_page.PARAMETERS: 3e7, small_models_page.TOKENS: 6e7}
+        metrics |= {small_models_page.RATE: 4e5, small_models_page.MEMORY: 2.0, small_models_page.SECONDS: 9.0}
+        for kind, share, mean in zip(KINDS, (0.5, 0.3, 0.2), nats, strict=False):
+            metrics |= {share_of(kind): share, nats_of(kind): mean}
+        base = {"bench": "small_models", "impl": "longscan", "work": work}
+        return [{**base, "metric": metric, "value": value} for metric, value in metrics.items()]
+
+    families = {"llama": (3.0, 1.0, 2.0), "hawk": (3.1, 1.5, 3.5), "griffin": (2.8, 1.0, 1.0), "based": ()}
+    results(*(figure for family, nats in families.items() for figure in figures(f"{family}-small", *nats)))
+    page = small_models_page.page()
+    assert "| share of all tokens | 50.0% | 30.0% | 20.0% |" in page
+    assert "| llama-small | 3.000 | 1.000 | 2.000 |" in page
+    assert "| hawk-small | 3.100 (10%) | 1.500 (30%) | 3.500 (60%) |" in page
+    assert "| griffin-small | 2.800 (33%) | 1.000 (0%) | 1.000 (67%) |" in page
+    assert page.count("based-small") == 1
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_how_far_back_a_pair_stands_is_what_a_loop_finds(seed):
+    rows = [[40, 200, 60], [300], [1, 149, 150]]
+    segments = Segments.from_lengths(rows, earlier=[5, 0, 0])
+    generator = torch.Generator().manual_seed(seed)
+    inputs, labels = torch.randint(0, 2 + 4 * seed, (2, 3, 300), generator=generator)
+    labels[0, -60:] = IGNORED_LABEL
+    doc_start = segments.doc_start.view(3, 300)
+    found = tokens_back(inputs, labels, doc_start)
+    for row, index in itertools.product(range(3), range(300)):
+        pairs = list(zip(inputs[row].tolist(), labels[row].tolist(), strict=True))
+        earlier = range(max(0, int(doc_start[row, index])), index)
+        back = next((index - place for place in reversed(earlier) if pairs[place] == pairs[index]), 0)
+        assert found[row, index] == back
+    assert (found > 0).any()
+
+
+def test_kinds_of_token():
+    assert kinds_of(torch.tensor([0, 1, NEAR, NEAR + 1, 2000])).tolist() == [0, 1, 1, 2, 2]
+
+
+class Echo(torch.nn.Module):
+    """A model whose loss is the label."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def hidden(self, inputs, segments):
+        return inputs
+
+    def cross_entropy(self, hidden, labels, **options):
+        return labels.flatten().float()
+
+
+def test_losses_are_summed_by_kind(monkeypatch):
+    # 8 follows 1 again near and far; 7 does in another document only. Row 1 ends in padding.
+    labels = torch.arange(200).repeat(2, 1) + 1000
+    inputs = labels + 500
+    for place, label in ((10, 7), (60, 8), (70, 8), (150, 8)):
+        inputs[0, place], labels[0, place] = 1, label
+    inputs[0, 160], labels[0, 160], labels[1, 100:] = 1, 7, IGNORED_LABEL
+
+    class Rows:
+        seq_len = 200
+
+        def __len__(self):
+            return 2
+
+        def read(self, rows):
+            of_rows = Segments.from_lengths([[[50, 150], [100, 100]][row] for row in rows])
+            return Batch(inputs[rows], labels[rows], of_rows.cu_seqlens, of_rows.continues, of_rows.doc_start, (), 0.0)
+
+    counted = labels[labels != IGNORED_LABEL].double()
+    for at_once in (1, 400):
+        monkeypatch.setattr(recall, "TOKENS_AT_ONCE", at_once)
+        (new, mean), (near, near_mean), (far, far_mean) = recall.losses_by_kind(Echo(), Rows(), 768).values()
+        assert (near, far) == pytest.approx((1 / 300, 1 / 300))
+        assert new == pytest.approx(298 / 300)
+        assert (near_mean, far_mean) == (8, 8)
+        assert mean == pytest.approx((counted.sum().item() - 16) / 298)
+    assert recall.losses_by_kind(Echo(), Rows(), 1)["new"][0] == 198 / 200
 
 
 def test_points_of_a_curve_are_means(tmp_path, monkeypatch):
