@@ -7,7 +7,7 @@ import os
 import socket
 import sys
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -142,6 +142,21 @@ def timeout_shared():
         c10d._set_pg_timeout(world._get_backend(device).options._timeout, group)
 
 
+@contextmanager
+def connected_when_used():
+    """A `with` block whose new groups connect at their first collective, which all of their ranks have to take.
+
+    A default group bound to its GPU has them connect at once, and each connection takes memory of the GPU. Of those
+    that Megatron makes, for a row over two ranks 17 a rank, most are never used. Pipeline ranks begin in pairs.
+    """
+    world: Any = dist.group.WORLD
+    bound, world.bound_device_id = world.bound_device_id, None
+    try:
+        yield
+    finally:
+        world.bound_device_id = bound
+
+
 def megatron() -> Any:
     """Returns Megatron's parallel_state, and imports all of Megatron quietly: it warns of each optional package."""
     # Megatron gathers by names that torch renames; the warning would come once a rank.
@@ -173,18 +188,19 @@ def _make_groups(state: Any, dims: ParallelDims) -> None:
     if on_cpu:
         serve_cpu("tensor_parallel.mappings")
     options = world._get_backend(torch.device("cpu" if on_cpu else "cuda")).options
-    state.initialize_model_parallel(
-        tensor_model_parallel_size=dims.tensor,
-        context_parallel_size=dims.context,
-        pipeline_model_parallel_size=dims.pipeline,
-        # Of experts there are none; by their sizes Megatron checks that pipeline ranks may lie inside data ranks.
-        expert_tensor_parallel_size=dims.tensor * dims.context,
-        order="tp-cp-ep-pp-dp",
-        create_gloo_process_groups=False,
-        distributed_timeout_minutes=options._timeout.total_seconds() / 60,
-        # What travels while products are computed does not wait for those to leave the GPU.
-        high_priority_stream_groups=None if on_cpu else ["tp", "cp"],
-    )
+    with connected_when_used() if dims.pipeline == 1 else nullcontext():
+        state.initialize_model_parallel(
+            tensor_model_parallel_size=dims.tensor,
+            context_parallel_size=dims.context,
+            pipeline_model_parallel_size=dims.pipeline,
+            # Of experts there are none; by their sizes Megatron checks that pipeline ranks may lie inside data ranks.
+            expert_tensor_parallel_size=dims.tensor * dims.context,
+            order="tp-cp-ep-pp-dp",
+            create_gloo_process_groups=False,
+            distributed_timeout_minutes=options._timeout.total_seconds() / 60,
+            # What travels while products are computed does not wait for those to leave the GPU.
+            high_priority_stream_groups=None if on_cpu else ["tp", "cp"],
+        )
     _nodes.clear()
     if levels := _level_ranks(dims):
         made = (dist.new_subgroups_by_enumeration(ranks, timeout=options._timeout)[0] for ranks in levels)

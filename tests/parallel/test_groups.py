@@ -106,3 +106,19 @@ def test_replicas_are_consecutive_ranks(tmp_path):
         stages = everyone[rank % 2 :: 2]
         ends = [stages[0], stages[-1]] if rank in (stages[0], stages[-1]) else None
         assert found["pipeline x tensor"] == [pair, None, None, stages, ends, everyone]
+
+
+def bind_and_make():
+    """What is bound after groups were made while the default group was bound to a GPU, which gloo cannot connect."""
+    world = dist.group.WORLD
+    world.bound_device_id = torch.device("cuda", 0)
+    context = layout_groups(ParallelDims(context=2, zero=0)).context
+    found = [str(group.bound_device_id) for group in (world, context)]
+    world.bound_device_id = None
+    dist.all_reduce(torch.ones(1), group=context)
+    return found
+
+
+def test_groups_of_a_layout_connect_when_they_are_used():
+    found = run_distributed(bind_and_make, 2, preload=["megatron.core.parallel_state"])
+    assert found == [["cuda:0", "None"]] * 2

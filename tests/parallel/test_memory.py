@@ -13,11 +13,13 @@ from torch.utils._pytree import tree_leaves
 
 from longscan.kernels import Segments
 from longscan.kernels.cross_entropy import op as loss
+from longscan.kernels.rg_lru import op as rg_lru
 from longscan.models import LanguageModel, LocalBackend, fused, offload
 from longscan.models.config import config_from_mapping, load_preset, num_params
 from longscan.models.positions import alibi_slopes
 from longscan.models.sequence import Entry, LocalContext
 from longscan.parallel import ParallelDims
+from longscan.parallel.context import ContextParallelContext
 from longscan.parallel.plan import Load, memory
 from longscan.parallel.plan.activations import activation_bytes, batch_bytes, block_bytes, in_flight
 from longscan.parallel.plan.memory import stage_params, temporaries
@@ -272,6 +274,47 @@ def test_a_step_takes_what_the_plan_says(on_gpu, monkeypatch, preset, layers, to
     held = memory(load)
     planned = held.activations + held.temporary
     assert 0.98 * live.most <= planned <= 1.05 * live.most, (live.most / 2**30, planned / 2**30)
+
+
+class Silent:
+    """A group of three ranks whose middle one hears nothing from either side: what it takes has no values."""
+
+    def rank(self):
+        return 1
+
+    def size(self):
+        return 3
+
+    def wait(self):
+        pass
+
+
+@pytest.fixture
+def silent(monkeypatch):
+    """Has pieces exchange in a Silent group, and the one pass that is no operator give tensors without values."""
+    group = Silent()
+    monkeypatch.setattr(torch.distributed, "P2POp", lambda *arguments, **options: None)
+    monkeypatch.setattr(torch.distributed, "batch_isend_irecv", lambda sent: [group])
+    monkeypatch.setattr(torch.distributed, "all_gather_into_tensor", lambda *arguments, **options: group)
+    monkeypatch.setattr(rg_lru, "_adjoint", lambda implementation, dh, *needed: dh.new_empty(dh[:, 0].shape).float())
+    return group
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+@pytest.mark.parametrize("mixer", ["rg_lru", "local_attention"])
+def test_a_piece_of_a_row_takes_what_a_row_of_its_length_takes(on_gpu, silent, mixer, checkpointing):
+    """But for the halo's keys and values, which stay below a tenth of a tensor of the piece."""
+    most = []
+    for size in (1, silent.size()):
+        load = load_of("griffin-1.3b", dims=ParallelDims(context=size), seq_len=size * 2**15, micro_rows=1)
+        load = replace(load, model=replace(load.model, layers=2, pattern=[mixer]))
+        model, segments = build(load, activation_checkpoint=checkpointing), segments_of(load)
+        pieces = [ContextParallelContext(segments, silent) for _ in model.blocks] if size > 1 else None
+        inputs, labels = (torch.empty(1, load.piece, dtype=torch.int64) for _ in range(2))
+        with Live(model.parameters()) as live:
+            model.cross_entropy(model.hidden(inputs, segments, pieces), labels).backward()
+        most.append(live.most)
+    assert most[1] - most[0] <= 0.1 * load.piece * load.model.width * load.element, [most[1] / 2**20, most[0] / 2**20]
 
 
 @pytest.mark.parametrize("tensor", [1, 2])
