@@ -118,9 +118,9 @@ def config_of(family):
 
 
 def fits(family, layout):
-    """Whether the family has a layer for each chunk of the layout."""
-    dims, _ = LAYOUTS[layout]
-    return dims.pipeline * dims.interleave <= config_of(family).layers
+    """Whether the family has a layer for each chunk of the layout, and as many as its stages hold where it says."""
+    (dims, _), layers = LAYOUTS[layout], config_of(family).layers
+    return layers == sum(dims.stage_layers) if dims.stage_layers else dims.pipeline * dims.interleave <= layers
 
 
 def model_of(family, dims, **options):
