@@ -360,7 +360,7 @@ def linearize(
     overrides: Overrides = None,
     run: Annotated[Path | None, typer.Option(help="Run folder; runs/NAME-linearized by default.")] = None,
     config: Annotated[
-        str, typer.Option(metavar="CONFIG", help="Stages and all else but the model: a preset or a YAML file.")
+        str, typer.Option(metavar="NAME", help="Stages and all else but the model: a preset or a YAML file.")
     ] = "linearize",
     tokenizer: Annotated[
         str | None, typer.Option(help="bytes or a tokenizer.json, for a source that holds none.")

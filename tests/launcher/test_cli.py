@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from longscan import __version__
@@ -76,6 +77,18 @@ def test_every_command_explains_itself(command):
     assert "Usage" in done.output
     if command[0] not in ("doctor", "eval"):
         assert f"longscan {command[0]} " in done.output
+
+
+def commands_of(command):
+    """The command and all below it."""
+    return [command, *(c for sub in getattr(command, "commands", {}).values() for c in commands_of(sub))]
+
+
+def test_no_option_is_shown_by_its_own_name():
+    """typer 0.27.0 to 0.27.2 take such a metavar, CONFIG of --config, for the name: the option is --CONFIG there."""
+    options = [p for c in commands_of(typer.main.get_command(cli.app)) for p in c.params if p.opts[0].startswith("-")]
+    assert len(options) > 20
+    assert not [p.name for p in options if p.metavar and p.metavar.lower() == p.name.lower()]
 
 
 def test_version(longscan):
