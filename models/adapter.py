@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +11,6 @@ from torch import Tensor, nn
 from .config import LoRAConfig
 from .norm import wide
 from .parameters import normal, zeros
-
-if TYPE_CHECKING:
-    from .backend import Backend
 
 
 class Adapter(nn.Module):
@@ -48,12 +44,14 @@ class Adapter(nn.Module):
         return wide(self.up) @ wide(self.down) * self.scale
 
 
-def add_adapters(blocks: Iterable[nn.Module | None], config: LoRAConfig, backend: Backend) -> None:
-    """Gives each linear of the blocks that `config` names an adapter, as its submodule `adapter`."""
+def add_adapters(
+    blocks: Iterable[nn.Module | None], config: LoRAConfig, make: Callable[[nn.Module, LoRAConfig], nn.Module]
+) -> None:
+    """Gives each linear of the blocks that `config` names what `make` makes for it, as its submodule `adapter`."""
     for block in blocks:
         for name, module in [] if block is None else list(block.named_modules()):
             if name.rpartition(".")[2] in config.linears:
-                module.adapter = backend.adapter(module, config)
+                module.adapter = make(module, config)
                 module.register_forward_hook(_add)
 
 

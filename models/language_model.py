@@ -89,7 +89,7 @@ class LanguageModel(nn.Module):
         ]
         self.blocks = cast("Sequence[Block]", nn.ModuleList(blocks))
         if config.lora.rank:
-            add_adapters(blocks, config.lora, self.backend)
+            add_adapters(blocks, config.lora, self.backend.adapter)
         if self.part.last:
             self.norm = self.backend.norm(config.norm, config.width, config.norm_eps)
         if self.part.last and not config.tie_embeddings:
