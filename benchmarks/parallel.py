@@ -101,7 +101,7 @@ def tp(place: Place, scale: Scale) -> None:
 
 
 def compare_stacks(place: Place, shape: Shape, dims: ParallelDims, axis: str, floor: float) -> None:
-    """Records forward and backward on one GPU and on all; every GPU takes the first measurement, its mean counts."""
+    """Records forward and backward on one GPU, the mean of what each takes by itself, and on all; the fastest turns."""
     alone, shared = Stack(shape, ALONE, place.device), Stack(shape, dims, place.device)
     # In turns, for a GPU's clock changes as it warms.
     turns = [

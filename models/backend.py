@@ -18,7 +18,6 @@ from torch.autograd.function import once_differentiable
 from ..kernels import linear_cross_entropy
 from .adapter import Adapter
 from .config import LoRAConfig
-from .norm import NORMS
 from .parameters import Logical, normal, whole, zeros
 
 
@@ -41,14 +40,14 @@ class Backend(Protocol):
         """The part of x [B, T, ...] that belongs to the tokens of this rank's residual stream."""
         ...
 
-    def norm(self, kind: str, width: int, eps: float) -> nn.Module:
-        """The norm before the head: of the residual stream, of which a rank may hold a part, for every token."""
+    def enter(self, x: Tensor) -> Tensor:
+        """x [B, T, D] of every token, for layers that all ranks share, of the normed residual stream's part here."""
         ...
 
     def project(self, x: Tensor, *linears: nn.Module) -> Iterator[Tensor]:
         """What column and head linears of this backend make of x, the normed residual stream, for every token.
 
-        In their order, and each when it is asked for, where nothing is gained by having it earlier."""
+        In their order; on a device of its own each when it is asked for, between tensor ranks all at once."""
         ...
 
     def column_linear(self, inputs: int, outputs: int, bias: bool, variance: float) -> nn.Module:
@@ -103,9 +102,9 @@ class LocalBackend:
         """All of it."""
         return x
 
-    def norm(self, kind: str, width: int, eps: float) -> nn.Module:
-        """A plain norm."""
-        return NORMS[kind](width, eps)
+    def enter(self, x: Tensor) -> Tensor:
+        """All of it."""
+        return x
 
     def project(self, x: Tensor, *linears: nn.Module) -> Iterator[Tensor]:
         """Each linear of x."""
@@ -210,8 +209,9 @@ class _Lookup(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
         (tokens,) = ctx.saved_tensors
         mode = torch.get_deterministic_debug_mode()
-        # Else tokens that come often are summed with atomics, in any order.
-        torch.set_deterministic_debug_mode("error")
+        # Else tokens that come often are summed with atomics, in any order. "warn" chooses as "error" does, and another
+        # thread may run what has no other way.
+        torch.set_deterministic_debug_mode("warn")
         try:
             return None, torch.ops.aten.embedding_dense_backward(grads[0], tokens, ctx.rows, -1, False)
         finally:

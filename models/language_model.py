@@ -91,7 +91,7 @@ class LanguageModel(nn.Module):
         if config.lora.rank:
             add_adapters(blocks, config.lora, self.backend.adapter)
         if self.part.last:
-            self.norm = self.backend.norm(config.norm, config.width, config.norm_eps)
+            self.norm = NORMS[config.norm](config.width, config.norm_eps)
         if self.part.last and not config.tie_embeddings:
             self.unembedding = self.backend.embedding(config.vocab_size, config.width, 1 / config.width)
 
@@ -108,7 +108,7 @@ class LanguageModel(nn.Module):
             contexts: one SequenceContext a block; None for a piece with nothing on its left.
         """
         x = self.embed(tokens, segments.positions)
-        return self.norm(self.through(range(self.config.layers), x, segments, contexts))
+        return self.finish(self.through(range(self.config.layers), x, segments, contexts))
 
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """The hidden states [B, T, D] that the first block reads; `positions` are those in the documents."""
@@ -131,6 +131,10 @@ class LanguageModel(nn.Module):
                 seq = LocalContext(segments) if contexts is None else contexts[layer]
                 x = self.blocks[layer](x, seq)
         return x
+
+    def finish(self, x: Tensor) -> Tensor:
+        """The normed hidden states [B, T, D] that `head` reads, of what the last block gives."""
+        return self.backend.enter(self.norm(x))
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of normed hidden states [..., D]."""
@@ -171,7 +175,7 @@ class LanguageModel(nn.Module):
         for block, layer in zip(self.blocks, carry.layers, strict=True):
             x, layer = block.step(x, layer, carry.position)
             layers.append(layer)
-        return self.head(self.norm(x)), Carry(layers, carry.position + 1)
+        return self.head(self.finish(x)), Carry(layers, carry.position + 1)
 
     def init_carry(self, batch: int) -> Carry:
         """The carry of `batch` rows that have read nothing."""

@@ -110,7 +110,7 @@ def layout_groups(dims: ParallelDims) -> LayoutGroups:
     if dims.replica_size == 1:
         return LayoutGroups(copies=dist.group.WORLD if dims.data > 1 else None)
     parallel_state = megatron()
-    if not _stands(parallel_state, dims):
+    if made := not _stands(parallel_state, dims):
         _make_groups(parallel_state, dims)
     copies = parallel_state.get_data_parallel_group(with_context_parallel=True)
     groups = LayoutGroups(
@@ -119,10 +119,19 @@ def layout_groups(dims: ParallelDims) -> LayoutGroups:
         copies if dims.data * dims.context > 1 else None,
         model=parallel_state.get_model_parallel_group() if dims.tensor * dims.pipeline > 1 else None,
     )
+    if made:
+        _connect(groups)
     if dims.pipeline == 1:
         return groups
     pipeline = parallel_state.get_pipeline_model_parallel_group()
     return replace(groups, pipeline=pipeline, ends=parallel_state.get_embedding_group(check_initialized=False))
+
+
+def _connect(groups: LayoutGroups) -> None:
+    """Has each connection take its memory now, not in the first step, when tensors hold most of it."""
+    device = torch.device("cpu" if dist.get_backend() == "gloo" else "cuda")
+    for group in filter(None, (groups.tensor, groups.context, groups.copies, groups.model)):
+        dist.all_reduce(torch.zeros(1, device=device), group=group)
 
 
 def fold_levels(context: dist.ProcessGroup) -> tuple[dist.ProcessGroup, ...]:
@@ -147,7 +156,7 @@ def connected_when_used():
     """A `with` block whose new groups connect at their first collective, which all of their ranks have to take.
 
     A default group bound to its GPU has them connect at once, and each connection takes memory of the GPU. Of those
-    that Megatron makes, for a row over two ranks 17 a rank, most are never used. Pipeline ranks begin in pairs.
+    that Megatron makes, for a row over two ranks 17 a rank, most are never used.
     """
     world: Any = dist.group.WORLD
     bound, world.bound_device_id = world.bound_device_id, None
@@ -188,6 +197,7 @@ def _make_groups(state: Any, dims: ParallelDims) -> None:
     if on_cpu:
         serve_cpu("tensor_parallel.mappings")
     options = world._get_backend(torch.device("cpu" if on_cpu else "cuda")).options
+    # Pipeline ranks begin in pairs.
     with connected_when_used() if dims.pipeline == 1 else nullcontext():
         state.initialize_model_parallel(
             tensor_model_parallel_size=dims.tensor,

@@ -48,7 +48,7 @@ class LossModule(nn.Module):
             return self._loss(self.model.hidden(batch.inputs, segments, pieces), batch)
         x = self.model.embed(batch.inputs, segments.positions) if x is None else x
         x = self.model.through(layers, x, segments, pieces)
-        return x if layers.stop < self.model.config.layers else self._loss(self.model.norm(x), batch)
+        return x if layers.stop < self.model.config.layers else self._loss(self.model.finish(x), batch)
 
     def _loss(self, hidden: Tensor, batch: Batch) -> Tensor:
         return self.model.cross_entropy(hidden, batch.labels, ignore_index=IGNORED_LABEL, z_loss=self.z_loss)

@@ -2,8 +2,8 @@
 
 With `divided` tokens a rank holds T / size of each row's: what column linears read is gathered, what row linears give
 is summed and scattered; without, each rank holds all, and sums. Rows travel one by one, each as soon as it is there:
-exposed are the gather of half of the first row at two ranks, and the sum of the last. Of a weight's gradient nothing
-travels, so a sum that leaves in the backward pass is hidden behind those.
+exposed are the gather of half of the first row at two ranks, and the sum of the last. In the backward pass the sums
+hide behind the weights' gradients, of which nothing travels. Many short rows pay for one exchange each.
 """
 
 from __future__ import annotations
@@ -24,11 +24,13 @@ def project(x: Tensor, matrices: Sequence[Matrix], group: dist.ProcessGroup, div
     """`x W^T + b` [B, T, N] for each matrix; the gradient of x is summed over the ranks.
 
     Args:
-        x: [B, T, D], the same on every rank; [B, T / size, D] where tokens are divided.
+        x: [B, T, D], the same on every rank; [B, T / size, D] where tokens are divided. Or [B, D], for [B, N].
         matrices: this rank's.
         group: the tensor ranks.
         divided: whether a rank holds some of the tokens.
     """
+    if x.ndim == 2:
+        return tuple(y[0] for y in project(x[None], matrices, group, divided))
     weights, biases = zip(*matrices, strict=True)
     return _Project.apply(x, group, divided, *weights, *biases)
 
@@ -37,10 +39,12 @@ def sum_products(h: Tensor, weight: Tensor, group: dist.ProcessGroup, divided: b
     """The sum over the ranks of `h W^T` [B, T, D]; [B, T / size, D] of it where tokens are divided.
 
     Args:
-        h: [B, T, N], this rank's channels of every token.
+        h: [B, T, N], this rank's channels of every token; or [B, N], for [B, D].
         weight: [D, N], this rank's.
         group, divided: as in `project`.
     """
+    if h.ndim == 2:
+        return sum_products(h[None], weight, group, divided)[0]
     return _SumProducts.apply(h, weight, group, divided)
 
 
@@ -53,7 +57,8 @@ class _Project(torch.autograd.Function):
         for tokens, part in arriving:
             for weight, bias, y in zip(weights, biases, outputs, strict=True):
                 _multiply(part, weight.t(), bias, y.flatten(0, 1)[tokens])
-        ctx.save_for_backward(whole, *weights)
+        trained = any(ctx.needs_input_grad[3 : 3 + len(weights)])
+        ctx.save_for_backward(whole if trained else None, *weights)
         ctx.group, ctx.divided = group, divided
         return tuple(outputs)
 
@@ -61,19 +66,16 @@ class _Project(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
         whole, *weights = ctx.saved_tensors
-        leaving = _Leaving(whole, whole.shape[2], ctx.group, ctx.divided)
+        leaving = _Leaving(dys[0], weights[0].shape[1], ctx.group, ctx.divided)
         for row, part in leaving.rows() if ctx.needs_input_grad[0] else ():
             torch.mm(dys[0][row], weights[0], out=part)
             for dy, weight in zip(dys[1:], weights[1:], strict=True):
                 part.addmm_(dy[row], weight)
             leaving.send(row, part)
-        needed = ctx.needs_input_grad[3:]
-        inputs = whole.flatten(0, 1)
-        gradients = [
-            *(dy.flatten(0, 1).t() @ inputs if need else None for dy, need in zip(dys, needed, strict=False)),
-            *(dy.sum((0, 1)) if need else None for dy, need in zip(dys, needed[len(dys) :], strict=True)),
-        ]
-        return leaving.sums() if ctx.needs_input_grad[0] else None, None, None, *gradients
+        needed = ctx.needs_input_grad[3 : 3 + len(dys)], ctx.needs_input_grad[3 + len(dys) :]
+        of_weights = [_of_weight(dy, whole) if need else None for dy, need in zip(dys, needed[0], strict=True)]
+        of_biases = [dy.sum((0, 1)) if need else None for dy, need in zip(dys, needed[1], strict=True)]
+        return leaving.sums() if ctx.needs_input_grad[0] else None, None, None, *of_weights, *of_biases
 
 
 class _SumProducts(torch.autograd.Function):
@@ -83,7 +85,7 @@ class _SumProducts(torch.autograd.Function):
         for row, part in leaving.rows():
             torch.mm(h[row], weight.t(), out=part)
             leaving.send(row, part)
-        ctx.save_for_backward(h, weight)
+        ctx.save_for_backward(h if ctx.needs_input_grad[1] else None, weight)
         ctx.group, ctx.divided = group, divided
         return leaving.sums()
 
@@ -92,11 +94,14 @@ class _SumProducts(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         h, weight = ctx.saved_tensors
         whole, arriving = _arriving(grads[0], ctx.group, ctx.divided)
-        dh = torch.empty(h.shape, dtype=h.dtype, device=h.device)
+        dh = whole.new_empty(*whole.shape[:2], weight.shape[1])
         for tokens, part in arriving:
             torch.mm(part, weight, out=dh.flatten(0, 1)[tokens])
-        dweight = whole.flatten(0, 1).t() @ h.flatten(0, 1) if ctx.needs_input_grad[1] else None
-        return dh, dweight, None, None
+        return dh, _of_weight(whole, h) if ctx.needs_input_grad[1] else None, None, None
+
+
+def _of_weight(dy: Tensor, x: Tensor) -> Tensor:
+    return dy.flatten(0, 1).t() @ x.flatten(0, 1)
 
 
 def _multiply(x: Tensor, matrix: Tensor, bias: Tensor | None, out: Tensor) -> None:

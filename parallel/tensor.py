@@ -1,7 +1,7 @@
 """Tensor parallelism: Megatron's layers behind the Backend that models are built from, and their loss.
 
 Layers divide channels, heads and vocabulary; a mixer meets no collective. The gradient of a layer's input is summed
-once, whatever number of column linears reads it: one all-reduce each way for a mixer or MLP. With sequence_parallel
+once, whatever number of column linears reads it: a row's goes once each way for a mixer or MLP. With sequence_parallel
 the residual stream holds T / tensor tokens of each row, column linears gather and row linears scatter; what they
 gather is kept for the backward pass whole, where Megatron's column linear would gather again.
 """
@@ -79,10 +79,6 @@ class MegatronBackend:
     def enter(self, x: Tensor) -> Tensor:
         """A norm's output, [B, T, D] on every rank, its gradients summed over the ranks that read it."""
         return (gather_tokens if self.sequence_parallel else sum_gradients)(x, self.group)
-
-    def norm(self, kind: str, width: int, eps: float) -> nn.Module:
-        """A norm whose output every rank's head reads."""
-        return ENTERING_NORMS[kind](width, eps, self)
 
     def project(self, x: Tensor, *linears: nn.Module) -> Iterator[Tensor]:
         """All at once, while x is on its way; one after the other where an adapter or ZeRO 3 hooks into a linear."""
@@ -202,35 +198,8 @@ def vocabulary_parallel_cross_entropy(
     return losses if reduction == "none" else losses.sum()
 
 
-class EnteringRMSNorm(RMSNorm):
-    """RMSNorm from the residual stream into layers that are divided."""
-
-    def __init__(self, width: int, eps: float, backend: MegatronBackend) -> None:
-        super().__init__(width, eps)
-        self._backend = backend
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, T, D], or [B, T / tensor, D] with sequence_parallel, to [B, T, D] on every rank."""
-        return self._backend.enter(super().forward(x))
-
-
-class EnteringLayerNorm(LayerNorm):
-    """LayerNorm from the residual stream into layers that are divided."""
-
-    def __init__(self, width: int, eps: float, backend: MegatronBackend) -> None:
-        super().__init__(width, eps)
-        self._backend = backend
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, T, D], or [B, T / tensor, D] with sequence_parallel, to [B, T, D] on every rank."""
-        return self._backend.enter(super().forward(x))
-
-
-ENTERING_NORMS = {"rms": EnteringRMSNorm, "layer": EnteringLayerNorm}
-
-
 class ColumnLinear(ColumnParallelLinear):
-    """Megatron's column linear of an input that the norm before it sums the gradient of."""
+    """Megatron's column linear; `project` sums the gradient of its input."""
 
     weight: nn.Parameter
 

@@ -81,7 +81,8 @@ class Attention(Mixer):
     def _project_with_halos(
         self, x: Tensor, seq: SequenceContext, n: int | None, alone: bool
     ) -> tuple[Tensor, Tensor, Tensor, Halos]:
-        """The same, and the halos of keys and values as in `left_halos`: under way while queries are computed."""
+        """The same, and the halos of keys and values as in `left_halos`: without tensor ranks under way while queries
+        are computed."""
         table = self._table(x, seq.segments.positions)
         projections = self.project(x, self.key, self.value, self.query)
         entries = {"keys": self._heads(next(projections), table), "values": self._heads(next(projections))}

@@ -143,7 +143,8 @@ def _exchanges(load: Load, stage: int, cluster: Cluster, again: int, by_node: bo
     """The collectives of a micro-batch inside a replica.
 
     Tensor ranks sum a block's two outputs forward and the gradients of its two inputs backward, and again what is
-    computed again; the first and last stage, embedding and head. Context ranks exchange once each way.
+    computed again; the first and last stage, embedding and head. All of it counts, though products run beside most
+    (`parallel.products`). Context ranks exchange once each way.
     """
     dims, mixers = load.dims, load.stage_mixers(stage)
     ends = (stage == 0) + (stage == dims.pipeline - 1)

@@ -105,7 +105,11 @@ def with_token(batch, position):
 def observe(engine, batch):
     """This rank's hidden states, loss and gradients before any sum over ranks."""
     kept = {}
-    handle = engine.model.norm.register_forward_hook(lambda _, __, output: kept.update(hidden=output.detach().clone()))
+
+    def keep(norm, inputs, output):
+        kept["hidden"] = engine.model.backend.enter(output.detach()).clone()
+
+    handle = engine.model.norm.register_forward_hook(keep)
     kept["loss"] = engine.forward_backward([batch], 10).item()
     handle.remove()
     kept["gradients"] = [p.grad.clone() for p in engine.model.parameters()]

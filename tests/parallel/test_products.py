@@ -66,6 +66,26 @@ def frozen():
     return found
 
 
+def kept():
+    """Bytes that both products keep for the backward pass where weights are trained, and where only x is."""
+    group, found = dist.group.WORLD, []
+    for trained in (True, False):
+        x = drawn(2, TOKENS, WIDTH).requires_grad_()
+        up, down = (drawn(*shape).requires_grad_(trained) for shape in ((4, WIDTH), (WIDTH, 4)))
+        packed = []
+        pack = lambda t, to=packed: to.append(t.nbytes) or t  # noqa: E731
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            sum_products(project(x, [(up, None)], group, True)[0], down, group, True)
+        found.append(sum(packed) - up.nbytes - down.nbytes)
+    return found
+
+
+def test_frozen_weights_keep_no_input():
+    (whole, nothing), *_ = run_distributed(kept, 2)
+    assert whole == 8 * 2 * 2 * TOKENS * (WIDTH + 4)
+    assert nothing == 0
+
+
 def test_what_is_frozen_gets_no_gradient():
     for found in run_distributed(frozen, 2):
         assert found == [[True, False, False], [False, False, True]]

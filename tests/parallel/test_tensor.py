@@ -15,6 +15,8 @@ from longscan.parallel import Engine, ParallelDims, process_group
 from longscan.parallel.checkpoint import Checkpointer, load_weights
 
 FAMILIES = ["griffin", "sinusoidal"]
+# Every mixer, a plain MLP and biases.
+GENERATING = ["griffin", "based", "linearized", "biased"]
 LOSSES = {
     "plain": {},
     "all options": {"z_loss": 0.1, "label_smoothing": 0.2, "soft_cap": 3.0},
@@ -33,6 +35,7 @@ def examine(folder):
                 "begins alike": {family: begins_alike(family, model) for family, model in models.items()},
                 "losses": {name: loss_error(models["griffin"], **options) for name, options in LOSSES.items()},
                 "logits": logits_error("griffin", models["griffin"]),
+                "steps": {} if dims.sequence_parallel else {f: step_error(f, dims) for f in GENERATING},
                 "partial": sorted(models["griffin"].backend.partial_gradients(models["griffin"])),
                 "table": list(models["griffin"].get_parameter("embedding.weight").shape),
                 "contained": stand_in_is_contained(),
@@ -87,6 +90,17 @@ def logits_error(family, model):
         return float((model(batch.inputs, segments) - undivided(batch.inputs, segments)).abs().max())
 
 
+def step_error(family, dims):
+    """The largest difference of a prompt's and a further token's logits from one device's."""
+    divided, whole = (model_of(family, layout) for layout in (dims, ParallelDims()))
+    found = []
+    with torch.no_grad():
+        for model in (divided, whole):
+            prompt, carry = model.prefill(torch.tensor([[3, 4, 5], [6, 7, 8]]))
+            found.append(torch.stack([prompt, model.step(torch.tensor([1, 2]), carry)[0]]))
+    return float((found[0] - found[1]).abs().max())
+
+
 def saves_and_loads(folder, model, dims):
     """Whether a checkpoint of the divided model is one of the undivided, and loads back into each."""
     model = model.float()
@@ -137,6 +151,11 @@ def test_a_vocabulary_need_not_divide(ranks, layout):
 
 def test_logits_are_gathered_for_who_asks(ranks, layout):
     assert max(found[layout]["logits"] for found in ranks) < 1e-12
+
+
+def test_it_generates_token_by_token_without_sequence_parallel(ranks):
+    for found in ranks:
+        assert all(error < 1e-12 for error in found["tp4"]["steps"].values()), found["tp4"]["steps"]
 
 
 def test_whole_parameters_among_divided_ones_have_partial_gradients(ranks, layout):
