@@ -47,7 +47,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor, seq: SequenceContext) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
         if self.activation_checkpoint in ("full", "offload") and torch.is_grad_enabled():
-            return checkpoint(self._whole, x, seq, use_reentrant=False)
+            # Nothing in a block draws random numbers, so no state of a generator is kept for the second time.
+            return checkpoint(self._whole, x, seq, use_reentrant=False, preserve_rng_state=False)
         return self._whole(x, seq)
 
     def _whole(self, x: Tensor, seq: SequenceContext) -> Tensor:
