@@ -1,10 +1,13 @@
 """Kernels run in Triton's interpreter where there is no GPU; uninitialised memory is NaN in every test here."""
 
+import dataclasses
+import itertools
 import os
 import random
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -34,22 +37,49 @@ def poisoned_memory():
 
 @pytest.fixture(autouse=True, scope="session")
 def quick_interpreter():
-    """The interpreter patches triton.language afresh at each call of a device function; once a launch is enough."""
+    """Runs kernels in the interpreter without the work whose result it drops.
+
+    It patches triton.language afresh at each call of a device function, where once a launch (and once for Triton's
+    own functions, which stay patched) is enough; it computes every sum and product of integers again for an assertion
+    on overflow that is off; it makes a table of all dtypes at each look-up of one; and it scans element by element
+    what has rows of independent elements.
+    """
     if DEVICE != "cpu":
         yield
         return
-    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime import interpreter
 
-    patching = InterpretedFunction.__call__
+    patching, numpy_dtype = interpreter.InterpretedFunction.__call__, interpreter._get_np_dtype
+    builder = interpreter.interpreter_builder
+    assert not builder.options.debug, "with debug the interpreter asserts that integers do not overflow"
+    patched, dtypes = set(), {}
 
     def call(self, *args, **kwargs):
-        if self.fn.__module__.startswith("triton"):
+        module = self.fn.__module__
+        if module.startswith("triton") and module not in patched:
+            patched.add(module)
             return patching(self, *args, **kwargs)
         return self.rewrite()(*args, **kwargs)
 
-    InterpretedFunction.__call__ = call
-    yield
-    InterpretedFunction.__call__ = patching
+    def look_up(dtype):
+        name = dtype.scalar.name
+        if name not in dtypes:
+            dtypes[name] = numpy_dtype(dtype)
+        return dtypes[name]
+
+    def scan(self, inputs):
+        steps = range(inputs[0].handle.data.shape[self.axis])
+        rows = [[self.to_tensor(t.handle.data.take([i], self.axis), t.dtype) for t in inputs] for i in steps]
+        columns = zip(*itertools.accumulate(rows, lambda left, right: self.combine_fn.fn(*left, *right)), strict=True)
+        joined = [np.concatenate([t.handle.data for t in column], self.axis) for column in columns]
+        return [self.to_tensor(data, t.dtype) for data, t in zip(joined, inputs, strict=True)]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter.ScanOps, "generic_scan", scan)
+        patch.setattr(interpreter.InterpretedFunction, "__call__", call)
+        patch.setattr(interpreter, "_get_np_dtype", look_up)
+        patch.setattr(builder, "options", dataclasses.replace(builder.options, sanitize_overflow=False))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,8 @@ import warnings
 from contextlib import suppress
 from pathlib import Path
 
+import torch
+
 
 def run_distributed(function, world_size, *args, join=True, timeout=100.0, env=None, preload=()):
     """Returns what `function(*args)` returned on each rank.
@@ -30,7 +32,10 @@ def run_distributed(function, world_size, *args, join=True, timeout=100.0, env=N
         join: make the process group first. Without it the processes only know RANK and WORLD_SIZE.
         timeout: seconds until all are killed.
         env: more environment variables.
-        preload: modules that take seconds to import: one process imports them and forks into the ranks. Not for CUDA.
+        preload: modules that take seconds to import and that the test file does not import itself. Not for CUDA.
+
+    Without a GPU, and where `preload` says so, one process imports the test file and forks into the ranks: importing
+    takes longer than what most functions do.
     """
     with tempfile.TemporaryDirectory() as folder:
         job = {
@@ -41,7 +46,7 @@ def run_distributed(function, world_size, *args, join=True, timeout=100.0, env=N
             "preload": list(preload),
         }
         Path(folder, "job.json").write_text(json.dumps(job))
-        starts = ["all"] if preload else range(world_size)
+        starts = ["all"] if preload or not torch.cuda.is_available() else range(world_size)
         workers = [_start(folder, rank, world_size, env or {}) for rank in starts]
         try:
             _wait(workers, folder, time.monotonic() + timeout)
@@ -92,10 +97,12 @@ def load_function(file: str, name: str):
 
 def _fork(folder: str, world_size: int) -> None:
     """Becomes all ranks; ends like the first of them that fails."""
-    for name in json.loads(Path(folder, "job.json").read_text())["preload"]:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+    job = json.loads(Path(folder, "job.json").read_text())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in ["longscan.parallel", *job["preload"]]:
             importlib.import_module(name)
+    load_function(job["file"], job["function"])
     for rank in range(world_size):
         if os.fork() == 0:
             os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
