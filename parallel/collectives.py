@@ -205,12 +205,17 @@ def _last_entries(xs: Sequence[Tensor], count: int) -> Tensor:
 
 
 def _entries(x: Tensor, count: int) -> Tensor:
-    return x.new_empty(x.shape[0], count, x.shape[2])
+    return _room(x, x.shape[0], count, x.shape[2])
+
+
+def _room(like: Tensor, *shape: int) -> Tensor:
+    """Where what other ranks send is received."""
+    return like.new_empty(shape)
 
 
 def _begin_gather(flat: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, dist.Work]:
     """[size, N] of every rank's flat [N], there when the work is done."""
-    gathered = flat.new_empty(group.size(), flat.numel())
+    gathered = _room(flat, group.size(), flat.numel())
     work = dist.all_gather_into_tensor(gathered.view(-1), flat, group=group, async_op=True)
     assert work is not None
     return gathered, work
