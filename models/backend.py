@@ -41,7 +41,7 @@ class Backend(Protocol):
         ...
 
     def enter(self, x: Tensor) -> Tensor:
-        """x [B, T, D] of every token, for layers that all ranks share, of the normed residual stream's part here."""
+        """Every token's [B, T, D], of the part x of the normed residual stream that this rank holds."""
         ...
 
     def project(self, x: Tensor, *linears: nn.Module) -> Iterator[Tensor]:

@@ -66,16 +66,11 @@ class _Project(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
         whole, *weights = ctx.saved_tensors
-        leaving = _Leaving(dys[0], weights[0].shape[1], ctx.group, ctx.divided)
-        for row, part in leaving.rows() if ctx.needs_input_grad[0] else ():
-            torch.mm(dys[0][row], weights[0], out=part)
-            for dy, weight in zip(dys[1:], weights[1:], strict=True):
-                part.addmm_(dy[row], weight)
-            leaving.send(row, part)
+        leaving = _of_inputs(dys, weights, ctx.group, ctx.divided) if ctx.needs_input_grad[0] else None
         needed = ctx.needs_input_grad[3 : 3 + len(dys)], ctx.needs_input_grad[3 + len(dys) :]
         of_weights = [_of_weight(dy, whole) if need else None for dy, need in zip(dys, needed[0], strict=True)]
         of_biases = [dy.sum((0, 1)) if need else None for dy, need in zip(dys, needed[1], strict=True)]
-        return leaving.sums() if ctx.needs_input_grad[0] else None, None, None, *of_weights, *of_biases
+        return leaving.sums() if leaving else None, None, None, *of_weights, *of_biases
 
 
 class _SumProducts(torch.autograd.Function):
@@ -98,6 +93,17 @@ class _SumProducts(torch.autograd.Function):
         for tokens, part in arriving:
             torch.mm(part, weight, out=dh.flatten(0, 1)[tokens])
         return dh, _of_weight(whole, h) if ctx.needs_input_grad[1] else None, None, None
+
+
+def _of_inputs(dys: Sequence[Tensor], weights: Sequence[Tensor], group: dist.ProcessGroup, divided: bool) -> _Leaving:
+    """The gradient of what all the weights multiply, on its way."""
+    leaving = _Leaving(dys[0], weights[0].shape[1], group, divided)
+    for row, part in leaving.rows():
+        torch.mm(dys[0][row], weights[0], out=part)
+        for dy, weight in zip(dys[1:], weights[1:], strict=True):
+            part.addmm_(dy[row], weight)
+        leaving.send(row, part)
+    return leaving
 
 
 def _of_weight(dy: Tensor, x: Tensor) -> Tensor:
