@@ -166,6 +166,9 @@ class RunConfig:
         choices=("none", "selective", "full", "offload"),
     )
     compile: bool = option(False, "torch.compile of the blocks; the first steps of each row length wait for it")
+    cuda_graphs: bool = option(
+        False, "a micro-batch's forward and backward as one launch, where the host is slower than the GPU"
+    )
     timeout_seconds: float = option(300.0, "how long a worker waits for the others before it gives up", above=0)
     max_loss_ratio: float = option(3.0, "stop when the loss is this many times its recent mean (0: off)", at_least=0)
 

@@ -265,6 +265,8 @@ def _run_problems(config: Config) -> Iterator[str]:
     compiler = os.environ.get("CXX", "g++")
     if config.run.compile and config.run.device == "cpu" and shutil.which(compiler) is None:
         yield f"run.compile is true and there is no C++ compiler {compiler} here; install it, or name another by CXX"
+    if config.run.cuda_graphs:
+        yield from _graph_problems(config)
     ratio = config.run.max_loss_ratio
     if 0 < ratio <= 1:
         yield f"run.max_loss_ratio is {ratio}; it must be above 1, or 0 to switch it off"
@@ -273,3 +275,25 @@ def _run_problems(config: Config) -> Iterator[str]:
         yield (
             f"checkpoint.keep_every is {checkpoint.keep_every}, not a multiple of checkpoint.every {checkpoint.every}"
         )
+
+
+def _graph_problems(config: Config) -> Iterator[str]:
+    """What a CUDA graph of a micro-batch cannot hold."""
+    run, parallel = config.run, config.parallel
+    rules = [
+        ("parallel.zero", parallel.zero, parallel.zero > 0, "whose gradients DeepSpeed's host code adds up", "0"),
+        ("parallel.pipeline", parallel.pipeline, parallel.pipeline > 1, "whose micro-batches alternate", "1"),
+        (
+            "run.activation_checkpoint",
+            "offload",
+            run.activation_checkpoint == "offload",
+            "which the host copies",
+            "full",
+        ),
+        ("run.compile", "true", run.compile, "which compiles at any step", "false"),
+        ("run.implementation", "reference", run.implementation == "reference", "which asks the GPU for counts", "auto"),
+        ("run.device", "cpu", run.device == "cpu", "which has no graphs", "cuda"),
+    ]
+    for name, value, broken, why, remedy in rules:
+        if broken:
+            yield f"run.cuda_graphs is true and {name} is {value}, {why}; set run.cuda_graphs=false or {name}={remedy}"

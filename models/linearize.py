@@ -39,7 +39,7 @@ class AttentionTransfer(LanguageModel):
     the twin is the language model that it is.
 
     Attributes:
-        errors: fp32 [layers], each block's error summed over the valid tokens since `reset_errors`.
+        errors: fp32 (fp64) [layers], each block's error summed over the valid tokens since `reset_errors`.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -72,13 +72,16 @@ class AttentionTransfer(LanguageModel):
         errors = (hidden * counts.unsqueeze(-1)).sum((0, 1))
         # Where the ranks divide the tokens, each stands for all in a mean over ranks; its gradient is its own part's.
         ranks = labels.shape[1] // hidden.shape[1]
-        self.errors = self.errors.to(errors.device) + errors.detach() * ranks
+        # In place: a CUDA graph adds to the same memory each time.
+        self.errors = self.errors.to(errors)
+        self.errors += errors.detach() * ranks
         own = errors.mean()
         return own + (ranks - 1) * own.detach()
 
     def reset_errors(self) -> Tensor:
         """Returns the errors so far, and begins anew."""
-        errors, self.errors = self.errors, torch.zeros(self.config.layers)
+        errors = self.errors.clone()
+        self.errors.zero_()
         return errors
 
 

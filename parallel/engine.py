@@ -17,6 +17,7 @@ from ..errors import ConfigError
 from .context import piece_of
 from .dims import ParallelDims
 from .gradients import is_last_copy, tied_parameter
+from .graphs import MicroBatchGraphs
 from .groups import layout_groups
 from .loss import LossModule
 from .optimizer import KINDS, Fragment, OptimizerOptions
@@ -37,6 +38,9 @@ class Engine:
     of the tokens' losses divided by `global_tokens`, so how rows are dealt to ranks and micro-batches, uneven masks
     and dummies change nothing.
 
+    With `cuda_graphs`, which needs a GPU and neither ZeRO nor a pipeline, forward and backward of a micro-batch are one
+    launch (`MicroBatchGraphs`), of the same kernels.
+
     Attributes:
         model: the module itself, its parameters in the engine's precision, usable for evaluation at any time; under
             ZeRO 3, which empties parameters between modules, only through `evaluate`.
@@ -51,7 +55,9 @@ class Engine:
         optimizer: OptimizerOptions,
         precision: str = "fp32",
         device: torch.device | str = "cpu",
+        cuda_graphs: bool = False,
     ):
+        assert not cuda_graphs or (dims.zero == 0 and dims.pipeline == 1), f"{dims} takes no CUDA graphs"
         dims.validate(dist.get_world_size() if dist.is_initialized() else 1)
         if precision not in PRECISIONS:
             raise ConfigError(f"precision is {precision!r}; choose one of {', '.join(PRECISIONS)}")
@@ -71,6 +77,9 @@ class Engine:
             from .pipeline import Pipeline
 
             self._pipeline = Pipeline(self._optimizer.loss, model.config, dims, groups.pipeline)
+        self._graphs = None
+        if cuda_graphs:
+            self._graphs = MicroBatchGraphs(partial(_learn, self._optimizer), self.model, self.device)
         self._micro_batches = 0
 
     def forward_backward(self, batches: Iterable[Batch], global_tokens: int) -> Tensor:
@@ -150,13 +159,14 @@ class Engine:
 
     def close(self) -> None:
         """Lets go of the process group's collectives; the model keeps its weights and can be given to a new engine."""
+        if self._graphs is not None:
+            self._graphs.drop()
         self._optimizer.close()
 
     def _piece(self, batch: Batch) -> Batch:
-        """This rank's tokens of the rows, on the device."""
-        if self._groups.context is not None:
-            batch = piece_of(batch, self._groups.context.rank(), self._groups.context.size())
-        return self._to_device(batch)
+        """This rank's tokens of the rows."""
+        context = self._groups.context
+        return batch if context is None else piece_of(batch, context.rank(), context.size())
 
     def _losses(self, batches: Iterable[Batch], divisor: int | None) -> Tensor:
         """The summed loss of this replica's micro-batches; adds the gradients of it over `divisor`, if one is given."""
@@ -172,15 +182,18 @@ class Engine:
 
     def _one_by_one(self, batches: Iterable[Batch], divisor: int | None) -> Iterator[Tensor]:
         for batch in batches:
-            loss = self._optimizer.loss(self._piece(batch))
-            if divisor is not None:
-                self._optimizer.backward(loss / divisor)
-            yield loss.detach()
+            piece = self._piece(batch)
+            if divisor is None:
+                yield self._optimizer.loss(self._to_device(piece))
+            elif self._graphs is None:
+                yield _learn(self._optimizer, self._to_device(piece), divisor)
+            else:
+                yield self._graphs(piece, len(batch.cu_seqlens) == len(batch.continues) + 1, divisor)
 
     def _through_pipeline(self, batches: Iterable[Batch], divisor: int | None) -> list[Tensor]:
         """Each loss on the last rank, zeros on the others."""
         assert self._pipeline is not None
-        pieces = [self._piece(batch) for batch in batches]
+        pieces = [self._to_device(self._piece(batch)) for batch in batches]
         losses = self._pipeline(pieces, divisor, next(self.model.parameters()).dtype) if pieces else []
         return losses or [torch.zeros((), device=self.device)] * len(pieces)
 
@@ -189,3 +202,10 @@ class Engine:
         return replace(
             batch, **{k: v.to(self.device, non_blocking=True) for k, v in tensors.items() if isinstance(v, Tensor)}
         )
+
+
+def _learn(optimizer: ReplicatedAdamW | ShardedAdamW, piece: Batch, divisor: int | Tensor) -> Tensor:
+    """Adds the gradients of the piece's loss over `divisor`; returns the loss, of which nothing else is left."""
+    loss = optimizer.loss(piece)
+    optimizer.backward(loss / divisor)
+    return loss.detach()

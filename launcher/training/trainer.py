@@ -136,7 +136,7 @@ class Trainer:
             (optimizer.betas[0], optimizer.betas[1]), optimizer.eps, optimizer.weight_decay, optimizer.clip
         )
         precision = choose_precision(config.precision, self.device)
-        self.engine = Engine(model, self.dims, options, precision, self.device)
+        self.engine = Engine(model, self.dims, options, precision, self.device, config.run.cuda_graphs)
         model.freeze()
         self.mode = mode
         self.saver.serve(self.engine)

@@ -63,7 +63,7 @@ checkpoint.every checkpoint.keep_last checkpoint.keep_every
 validation.every validation.rows
 logging.every logging.tensorboard logging.wandb
 run.folder run.seed run.launcher run.workers run.device run.threads run.deterministic run.implementation
-run.activation_checkpoint run.compile run.timeout_seconds run.max_loss_ratio
+run.activation_checkpoint run.compile run.cuda_graphs run.timeout_seconds run.max_loss_ratio
 """
 
 

@@ -35,3 +35,10 @@ def test_a_run_on_a_gpu_resumes_bit_for_bit_under_ray_with_nccl(tiny):
     train(parts, stop_at=7)
     train(parts)
     assert [record["loss"] for record in records(parts)] == [record["loss"] for record in records(whole)]
+
+
+def test_a_run_with_cuda_graphs_is_the_run_without(tiny):
+    options = ("run.device=cuda", "parallel.zero=0")
+    eager, graphed = tiny(*options, run="eager"), tiny(*options, "run.cuda_graphs=true", run="graphed")
+    assert train(eager).status == train(graphed).status == "finished"
+    assert [record["loss"] for record in records(graphed)] == [record["loss"] for record in records(eager)]

@@ -4,6 +4,7 @@ import pytest
 
 from longscan.launcher import cli
 from longscan.launcher.elastic import supervisor
+from longscan.launcher.validate import validate
 
 STAGE = ("stages=[{seq_len: 512, tokens: 1M}]", "batch={tokens: 4096, micro_rows: 1}")
 NEAREST = "the nearest layout that works is parallel.data={}, parallel.context={}, parallel.tensor={}"
@@ -102,3 +103,27 @@ def test_compiled_blocks_with_sharded_parameters_are_refused(command):
     assert code == 2
     assert "run.compile is true and parallel.zero is 3" in error
     assert "set run.compile=false or parallel.zero=2" in error
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("parallel.zero=2", "parallel.zero is 2, whose gradients"),
+        ("parallel.pipeline=2", "parallel.pipeline is 2, whose micro-batches"),
+        ("run.activation_checkpoint=offload", "run.activation_checkpoint is offload, which the host"),
+        ("run.compile=true", "run.compile is true, which compiles"),
+        ("run.implementation=reference", "run.implementation is reference, which asks"),
+        ("run.seed=1", "run.device is cpu, which has no graphs"),
+    ],
+)
+def test_what_no_cuda_graph_can_hold_is_refused(command, override, said):
+    code, error = command("train", ["run.cuda_graphs=true", "parallel.zero=0", override], 2)
+    assert code == 2
+    assert f"run.cuda_graphs is true and {said}" in error
+    assert f"; set run.cuda_graphs=false or {said.split(' is ')[0]}=" in error
+
+
+def test_a_gpu_takes_cuda_graphs(tiny):
+    config = tiny()
+    config.run.cuda_graphs, config.run.device, config.parallel.zero = True, "auto", 0
+    validate(config)

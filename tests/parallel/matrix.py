@@ -148,7 +148,7 @@ def batches_of(step, packed):
 
 
 @patch.object(tiles, "TILE", TILE)
-def train(family, packed, dims, device="cpu", precision="fp64", **options):
+def train(family, packed, dims, device="cpu", precision="fp64", cuda_graphs=False, **options):
     """{name: tensor} of every step's loss, gradient norm and gradients, and of the weights at the end; logical.
 
     ZeRO shards gradients, and is fp32 or bf16: there they are not among what is found.
@@ -156,7 +156,7 @@ def train(family, packed, dims, device="cpu", precision="fp64", **options):
     model = model_of(family, dims, **options)
     exact = precision == "fp64" and not dims.zero
     model = model if exact else model.float()
-    engine = Engine(model, dims, OPTIONS, "fp32" if precision == "fp64" else precision, device)
+    engine = Engine(model, dims, OPTIONS, "fp32" if precision == "fp64" else precision, device, cuda_graphs)
     found = {}
     gradients = {} if dims.zero else record_gradients(engine)
     replica = torch.distributed.get_rank() // dims.replica_size if torch.distributed.is_initialized() else 0
