@@ -101,8 +101,8 @@ def page() -> str:
     tokens = max((round(values[TOKENS] / 1e6) for values in reached.values()), default=52)
     parts = [HEAD.format(tokens=f"{tokens}M")]
     if reached:
-        last = figures[-1]
-        commit = f", commit {last['commit']}" if last["commit"] else ""
+        last, commits = figures[-1], dict.fromkeys(figure["commit"] for figure in figures if figure["commit"])
+        commit = f", commit {', '.join(commits)}" if commits else ""
         parts += [f"{last['device']}{commit}, {last['date'][:10]}.\n", f"![Curves]({PLOT})\n"]
     names = ("preset", "parameters", "held out", "against llama", *(f"rows of {length:,}" for length in lengths))
     parts.append(row(*names, "tokens/s", "GiB", "s"))

@@ -38,7 +38,7 @@ def by_hand(mixer: LinearizedAttention, x: torch.Tensor, feature_map: str, local
     q, k = rotary(q[None], cos, sin)[0], rotary(k[None], cos, sin)[0]
     k, v = (t.repeat_interleave(HEADS // t.shape[1], 1) for t in (k, v))
     at = torch.arange(tokens)
-    group = at // GROUP
+    group = at // mixer.group
     same = (group[:, None] == group[None, :]) & (at[None, :] <= at[:, None])
     completed = group[None, :] < group[:, None]
     if local == "softmax":
@@ -65,11 +65,9 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("feature_map, local, normalize", CASES, ids=str)
-@pytest.mark.parametrize("kv_heads", [4, 2])
-def test_outputs_are_the_three_branches(make_config, feature_map, local, normalize, kv_heads):
-    options = {"feature_map": feature_map, "local": local, "normalize": normalize, "kv_heads": kv_heads}
-    options |= {"head_dim": DIMS, "group": GROUP, "conv_taps": TAPS, "feature_dim": 3}
+def make(make_config, **options) -> LinearizedAttention:
+    """The mixer in fp64, its parameters away from zero."""
+    options |= {"head_dim": DIMS, "conv_taps": TAPS, "feature_dim": 3}
     config = make_config(pattern=["linearized_attention"], linearized_attention=options)
     mixer = LinearizedAttention(config, LocalBackend())
     init_parameters(mixer, seed=0)
@@ -78,6 +76,14 @@ def test_outputs_are_the_three_branches(make_config, feature_map, local, normali
     with torch.no_grad():
         for parameter in mixer.parameters():
             parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator).double())
+    return mixer
+
+
+@pytest.mark.parametrize("feature_map, local, normalize", CASES, ids=str)
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_outputs_are_the_three_branches(make_config, feature_map, local, normalize, kv_heads):
+    options = {"feature_map": feature_map, "local": local, "normalize": normalize, "kv_heads": kv_heads}
+    mixer, generator = make(make_config, group=GROUP, **options), torch.Generator().manual_seed(1)
     lengths = [8, 2, 7]
     x = torch.randn(17, 32, generator=generator).double().requires_grad_()
     expected = torch.cat([by_hand(mixer, part, feature_map, local, normalize) for part in x.split(lengths)])
@@ -86,6 +92,17 @@ def test_outputs_are_the_three_branches(make_config, feature_map, local, normali
     wanted = [x, *mixer.parameters()]
     expected, actual = (torch.autograd.grad(y.square().sum(), wanted) for y in (expected, ours))
     torch.testing.assert_close(actual, expected, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("local", ["softmax", "relu2"])
+@pytest.mark.parametrize("group", [64, 128, 256])
+def test_groups_of_the_papers_sizes(make_config, group, local):
+    mixer, lengths = make(make_config, group=group, local=local), [2 * group + 7, group, 3]
+    x = torch.randn(sum(lengths), 32, generator=torch.Generator().manual_seed(1)).double()
+    with torch.no_grad():
+        expected = torch.cat([by_hand(mixer, part, "elu", local, True) for part in x.split(lengths)])
+        ours = mixer(x[None], LocalContext(Segments.from_lengths([lengths])))[0]
+    torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-11)
 
 
 def test_groups_are_documents_of_their_own():
