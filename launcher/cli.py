@@ -325,6 +325,10 @@ def convert(
         Path, typer.Argument(metavar="SOURCE", help="A model's folder, a run folder, or one checkpoint in it.")
     ],
     target: Annotated[Path, typer.Argument(metavar="TARGET", help="Folder to make; it must not exist.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="--linearized: model.linearized_attention.KEY or run.seed."),
+    ] = None,
     to: Annotated[
         str | None, typer.Option(help="huggingface or longscan, to be sure of the direction the source gives.")
     ] = None,
@@ -334,22 +338,27 @@ def convert(
     tokenizer: Annotated[
         str | None, typer.Option(help="bytes or a tokenizer.json, for a source that holds none.")
     ] = None,
+    linearized: Annotated[
+        bool, typer.Option("--linearized", help="Of a Llama, make the twin that linearize begins with.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Turn a Hugging Face model into a run folder, or a checkpoint into a Hugging Face model.
 
     Reads and writes safetensors from and to disk, one tensor at a time. RecurrentGemma, Llama and BLOOM; what does not
-    fit is said before anything is written.
+    fit is said before anything is written. A Llama may become its linearized twin, not trained.
 
     ```sh
     longscan convert recurrentgemma-2b griffin-2b
     longscan train griffin-2b data.corpora=corpus 'stages=[{seq_len: 8192, tokens: 1B}]' --init-from griffin-2b
     longscan convert runs/griffin-2b my-recurrentgemma --dtype bf16
+    longscan convert llama-7b twin-7b --linearized model.linearized_attention.group=128
     ```
     """
     from .converting import convert as convert_model
 
-    _print(convert_model(source, target, to, dtype, tokenizer), as_json)
+    options = {"linearized": linearized, "overrides": overrides or ()}
+    _print(convert_model(source, target, to, dtype, tokenizer, **options), as_json)
 
 
 @app.command(no_args_is_help=True)

@@ -1,5 +1,6 @@
 """`longscan convert`: models of transformers into run folders, and checkpoints into models of transformers.
 
+A Llama becomes a transformer, or its linearized twin with what that adds as training would begin with it.
 One tensor is in memory at a time. Invariant: everything that can be wrong with the source is said before anything is
 written, and the target is whole or absent; what exists is never written over.
 """
@@ -12,7 +13,7 @@ import shutil
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,12 +31,13 @@ from ..models import ModelConfig, num_params
 from ..models import convert as published
 from ..models.config import LoRAConfig
 from ..models.convert.files import DTYPES
+from ..models.linearize import added_parameters, first_values, twin_config
 from ..parallel import checkpoint as checkpoints
 from ..parallel.checkpoint.boxes import Box
 from ..parallel.checkpoint.load import check_fit
 from ..parallel.checkpoint.manifest import MANIFEST, Chunk, DataFile, Manifest, write_manifest
 from ..parallel.checkpoint.storage import MappedFiles, narrow
-from .config import Config, checkpoint_config, to_yaml
+from .config import Config, RunConfig, checkpoint_config, flatten, resolve, to_yaml
 from .run_folder import RunFolder
 from .trained import find_checkpoint
 
@@ -45,6 +47,11 @@ TORCH_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "f
 SHARD_BYTES = 5 * 10**9
 # Rows of the embedding beyond the tokenizer's ids: padding for divisibility, and no sign of another tokenizer.
 PADDING = 1024
+# The family that can be linearized, the configuration that says how by default, and what may be said otherwise of a
+# twin that is not trained.
+LINEARIZABLE = "llama"
+LINEARIZE = "linearize"
+TWIN_KEYS = ("model.linearized_attention.", "run.seed=")
 # Where a run folder keeps what came with the model and is no part of it here, and the tensors that its weights would
 # not give back bit for bit, as they came.
 CARRIED_FOLDER = "huggingface"
@@ -67,7 +74,10 @@ CARRIED = (
 
 @dataclass(frozen=True)
 class Converted:
-    """What a conversion made; `rounded` counts the tensors of which it does not hold every bit."""
+    """What a conversion made.
+
+    `rounded` counts the tensors of which it does not hold every bit, `drawn` those that a twin adds to its teacher.
+    """
 
     source: str
     target: str
@@ -77,6 +87,7 @@ class Converted:
     tensors: int
     bytes: int
     rounded: int
+    drawn: int
     seconds: float
 
     def to_json(self) -> dict[str, Any]:
@@ -84,11 +95,13 @@ class Converted:
         return dataclasses.asdict(self)
 
     def show(self, console: Console) -> None:
-        """Prints where the model is, its size, and whether bits were lost."""
+        """Prints where the model is, its size, whether bits were lost, and what is not trained."""
         size = f"{self.parameters:,} parameters in {self.tensors} tensors, {self.bytes / 2**20:,.1f} MiB"
         console.print(f"{self.target} ({self.family}): {size}, {self.seconds:.1f} s", markup=False, soft_wrap=True)
         if self.rounded:
             console.print(f"{self.rounded} tensors were rounded")
+        if self.drawn:
+            console.print(f"{self.drawn} tensors are the twin's own: drawn from run.seed, not trained")
 
 
 def convert(
@@ -98,6 +111,8 @@ def convert(
     dtype: str | None = None,
     tokenizer: str | None = None,
     shard_bytes: int = SHARD_BYTES,
+    linearized: bool = False,
+    overrides: Sequence[str] = (),
 ) -> Converted:
     """Converts the model at `source` into the new folder `target`.
 
@@ -109,6 +124,8 @@ def convert(
             trained here. Checkpoints are fp32.
         tokenizer: "bytes" or a tokenizer.json, for a source that holds none.
         shard_bytes: the size of tensors above which files are split.
+        linearized: make the linearized twin of the Llama at `source`, as `longscan linearize` begins to train it.
+        overrides: `key=value` of that twin: what linearized attention adds, and the seed that draws it.
 
     Raises:
         ConfigError: an option, a config or a tokenizer that does not fit.
@@ -122,10 +139,18 @@ def convert(
         raise ConfigError(f"--to is {to!r}, but {source} can only be converted to {found!r}; leave --to out")
     if target.exists() or target.is_symlink():
         raise ConfigError(f"{target} exists and is never written over; name another folder")
+    if overrides and not linearized:
+        raise ConfigError(f"{overrides[0]!r} says how to linearize, and nothing else can be set; give --linearized too")
+    if linearized and found != "longscan":
+        raise ConfigError(
+            f"--linearized takes a {LINEARIZABLE} of transformers, and {source} is a run; convert it to huggingface "
+            "first, or have longscan linearize make and train its twin"
+        )
     if found == "longscan":
         if dtype:
             raise ConfigError(f"--dtype is {dtype!r}, but checkpoints are always fp32; leave it out")
-        made = Importing(source, tokenizer).write(target, shard_bytes)
+        importing = Linearizing(source, tokenizer, overrides) if linearized else Importing(source, tokenizer)
+        made = importing.write(target, shard_bytes)
     else:
         if tokenizer:
             raise ConfigError(f"--tokenizer is {tokenizer!r}, but {source} has its own; leave it out")
@@ -151,19 +176,21 @@ class Importing:
         self.source = source
         self.family = published.family_named(said, str(source / "config.json"))
         self.model = self.family.config(said)
+        self.config = Config(model=self.model)
         self.links = self.family.links(self.model)
         self.weights = published.Weights(source)
         self.stored = published.check_tensors(self.family, self.links, self.weights, str(source))
         self.tokenizer = source_tokenizer(source, said, tokenizer)
         check_vocabulary(self.tokenizer, self.model, source)
+        self.shapes = {name: shape for link in self.links for name, shape in zip(link.ours, link.shapes, strict=True)}
+        self.drawn: list[str] = []
         self.rounded: list[str] = []
 
     def write(self, target: Path, shard_bytes: int) -> Converted:
         """Writes the run folder `target`: config.yaml, checkpoints/step-0, the tokenizer and what came with it."""
-        config = Config(model=self.model)
         meta = {
             "step": 0,
-            "config": dataclasses.asdict(config),
+            "config": dataclasses.asdict(self.config),
             "tokenizer": self.tokenizer.info.fingerprint,
             "converted": {link.theirs: self._entry(link).dtype for link in self.links},
             "versions": {"longscan": __version__, "torch": torch.__version__},
@@ -172,16 +199,15 @@ class Importing:
             folder = RunFolder(path)
             checkpoint = checkpoints.step_folder(folder.checkpoints, 0)
             checkpoint.mkdir(parents=True)
-            shapes = {name: shape for link in self.links for name, shape in zip(link.ours, link.shapes, strict=True)}
-            manifest = write_checkpoint(checkpoint, shapes, self._tensors(), meta, shard_bytes)
-            published.write_text(folder.path / "config.yaml", to_yaml(config))
+            manifest = write_checkpoint(checkpoint, self.shapes, self._tensors(), meta, shard_bytes)
+            published.write_text(folder.path / "config.yaml", to_yaml(self.config))
             save_tokenizer(self.tokenizer, folder.tokenizer)
             carry_files(self.source, path / CARRIED_FOLDER)
             self._keep_rounded(path / CARRIED_FOLDER)
             published.write_text(path / "README.md", self._card(target))
             sync_folder(folder.checkpoints)
         size = sum(file.bytes for file in manifest.files)
-        counts = (num_params(self.model), len(manifest.tensors), size, len(self.rounded))
+        counts = (num_params(self.config.model), len(manifest.tensors), size, len(self.rounded), len(self.drawn))
         return Converted(str(self.source), str(target), "longscan", self.family.name, *counts, 0.0)
 
     def _entry(self, link: published.Link) -> published.Entry:
@@ -192,7 +218,7 @@ class Importing:
         return link.to_ours(self.weights.read(self.stored[link.theirs]).float())
 
     def _tensors(self) -> Iterator[Tensor]:
-        """The parameters in fp32, in the order of the links; notes those that would not come back as they were."""
+        """The parameters in fp32, in the order of `shapes`; notes those that would not come back as they were."""
         for link in self.links:
             theirs = self.weights.read(self.stored[link.theirs])
             ours = link.to_ours(theirs.float())
@@ -208,16 +234,54 @@ class Importing:
 
     def _card(self, target: Path) -> str:
         origin = f"Converted by longscan {__version__} from the {self.family.architecture} in `{self.source.name}`."
-        loading = (
-            "```sh\n"
-            f"longscan generate {target.name} 'Once upon a time'\n"
-            f"longscan train {target.name} data.corpora=CORPUS 'stages=[{{seq_len: 8192, tokens: 1B}}]' "
-            f"--init-from {target.name} --run NEW_RUN\n"
-            f"longscan convert {target.name} NEW_FOLDER\n"
-            "```"
-        )
+        loading = "\n".join(("```sh", *self._commands(target.name), "```"))
         notes = ["One checkpoint of fp32 weights, without optimizer state.", tokenizer_note(self.tokenizer)]
-        return published.model_card(target.name, "longscan", self.family, self.model, origin, loading, notes)
+        notes += self._remarks()
+        return published.model_card(target.name, "longscan", self.family, self.config.model, origin, loading, notes)
+
+    def _commands(self, name: str) -> list[str]:
+        """What to do with it."""
+        return [
+            f"longscan generate {name} 'Once upon a time'",
+            training_command(name, "{seq_len: 8192, tokens: 1B}"),
+            f"longscan convert {name} NEW_FOLDER",
+        ]
+
+    def _remarks(self) -> list[str]:
+        """Further sentences for the card."""
+        return []
+
+
+class Linearizing(Importing):
+    """A Llama on its way into a run folder with its linearized twin, not trained; making one checks the source."""
+
+    def __init__(self, source: Path, tokenizer: str | None, overrides: Sequence[str]) -> None:
+        super().__init__(source, tokenizer)
+        check_linearizable(self)
+        if others := [text for text in overrides if not text.startswith(TWIN_KEYS)]:
+            raise ConfigError(
+                f"{others[0]!r} is no part of a twin that is not trained; give model.linearized_attention.KEY=VALUE or "
+                "run.seed=N"
+            )
+        found = twin_of(self.model, LINEARIZE, overrides)
+        # Adapters begin with the stage that trains them.
+        twin = replace(found.model, lora=LoRAConfig())
+        self.config = Config(model=twin, run=RunConfig(seed=found.run.seed))
+        shapes = published.parameter_shapes(twin)
+        self.drawn = sorted(shapes.keys() - self.shapes.keys())
+        self.shapes |= {name: shapes[name] for name in self.drawn}
+
+    def _tensors(self) -> Iterator[Tensor]:
+        yield from super()._tensors()
+        yield from first_values(self.config.model, self.config.run.seed, self.drawn)
+
+    def _commands(self, name: str) -> list[str]:
+        transfer = "{seq_len: 2048, tokens: 20M, objective: attention_transfer, trains: mixers, lr_scale: 10}"
+        return [training_command(name, transfer, "{seq_len: 2048, tokens: 100M, lr_scale: 0.1}")]
+
+    def _remarks(self) -> list[str]:
+        what = f"{len(self.drawn)} tensors that linearized attention adds are drawn from seed {self.config.run.seed}"
+        return [f"{what} and not trained: it predicts badly before it is.", "It does not convert back."]
 
 
 class Exporting:
@@ -256,7 +320,7 @@ class Exporting:
             self._write_tokenizer(path)
             published.write_text(path / "README.md", self._card(target))
             size = sum((path / name).stat().st_size for name in names)
-        counts = (num_params(self.model), len(entries), size, self.rounded)
+        counts = (num_params(self.model), len(entries), size, self.rounded, 0)
         return Converted(str(self.checkpoint), str(target), "huggingface", self.family.name, *counts, 0.0)
 
     def _tensor(self, link: published.Link) -> Tensor:
@@ -310,6 +374,37 @@ class Exporting:
         )
         notes = [tokenizer_note(self.tokenizer)]
         return published.model_card(target.name, "transformers", self.family, self.model, origin, loading, notes)
+
+
+def check_linearizable(importing: Importing) -> None:
+    """Returns nothing; ConfigError where the model is of a family that has no linearized twin."""
+    if importing.family.name != LINEARIZABLE:
+        raise ConfigError(f"{importing.source} is a {importing.family.name}; only a {LINEARIZABLE} can be linearized")
+
+
+def twin_of(teacher: ModelConfig, config: str, overrides: Sequence[str]) -> Config:
+    """The configuration `config` (what `resolve` takes) with overrides, its model the linearized twin of `teacher`.
+
+    ConfigError where the overrides leave no room for a tensor of the teacher's.
+    """
+    fields = flatten({"model": dataclasses.asdict(twin_config(teacher))})
+    twin = [f"{key}={json.dumps(value)}" for key, value in fields.items() if not key.startswith("model.lora.")]
+    found = resolve(config, [*twin, *overrides])
+    theirs, ours = published.parameter_shapes(teacher), published.parameter_shapes(found.model)
+    new = added_parameters(found.model)
+    for name in sorted(theirs.keys() | ours.keys() - new):
+        if theirs.get(name) != ours.get(name):
+            there, here = (list(shapes[name]) if name in shapes else "absent" for shapes in (theirs, ours))
+            raise ConfigError(
+                f"{name} is {there} in the model to linearize and {here} in the twin; change only what linearized "
+                "attention adds to it"
+            )
+    return found
+
+
+def training_command(name: str, *stages: str) -> str:
+    """The command that trains on from the run folder `name`."""
+    return f"longscan train {name} data.corpora=CORPUS 'stages=[{', '.join(stages)}]' --init-from {name} --run NEW_RUN"
 
 
 def write_checkpoint(

@@ -21,13 +21,12 @@ from torch import Tensor
 
 from ..data import Batch, Corpus
 from ..errors import ConfigError
-from ..models import LanguageModel, ModelConfig
-from ..models.linearize import twin_config
+from ..models import LanguageModel
 from ..parallel.checkpoint import read_manifest
 from ..parallel.checkpoint.storage import MappedFiles
 from ..parallel.loss import LossModule
-from .config import Config, checkpoint_config, flatten, resolve
-from .converting import SHARD_BYTES, Importing, direction, same_bits, whole_tensor
+from .config import Config, checkpoint_config
+from .converting import SHARD_BYTES, Importing, check_linearizable, direction, same_bits, twin_of, whole_tensor
 from .elastic.supervisor import Outcome, train
 from .merging import merge
 from .run_folder import RunFolder, standing, write_new
@@ -35,8 +34,6 @@ from .trained import find_checkpoint, open_trained
 from .training.rows import Validation
 from .training.schedule import TrainingSchedule
 from .validate import check_run
-
-FAMILY = "llama"
 
 
 @dataclass(frozen=True)
@@ -129,7 +126,7 @@ def linearize(
         UserError: files that do not fit, or a run that failed.
     """
     teacher = Teacher(source, tokenizer, Path(f"{run}-teacher"))
-    resolved = resolve(config, [*as_overrides(twin_config(teacher.model)), *overrides])
+    resolved = twin_of(teacher.model, config, overrides)
     resolved.run.folder = str(run)
     checked, corpora = check_run(resolved)
     teacher.check_corpus(corpora[0])
@@ -147,8 +144,7 @@ class Teacher:
         self.importing: Importing | None = None
         if direction(source) == "longscan":
             self.importing = Importing(source, tokenizer)
-            if self.importing.family.name != FAMILY:
-                raise ConfigError(f"{source} is a {self.importing.family.name}; only a {FAMILY} can be linearized")
+            check_linearizable(self.importing)
             self.model = self.importing.model
             self.fingerprint = self.importing.tokenizer.info.fingerprint
             return
@@ -200,12 +196,6 @@ def check_folders(run: Path, teacher: Path) -> None:
         raise ConfigError(f"{run} holds a run that was not begun from {teacher}; name another folder with --run")
     if not folder.exists and run.exists() and (not run.is_dir() or any(run.iterdir())):
         raise ConfigError(f"{run} exists and is no run folder; name another with --run")
-
-
-def as_overrides(model: ModelConfig) -> list[str]:
-    """`key=value` of every field of `model` but its adapters, which are not the teacher's."""
-    fields = flatten({"model": dataclasses.asdict(model)})
-    return [f"{key}={json.dumps(value)}" for key, value in fields.items() if not key.startswith("model.lora.")]
 
 
 def report(outcome: Outcome, config: Config, corpora: Sequence[Corpus], teacher: Path) -> Linearized:

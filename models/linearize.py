@@ -6,7 +6,7 @@ names, so the teacher need not be held beside it: it is the twin's own weights u
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import fields, replace
 from typing import Any
@@ -120,6 +120,19 @@ def added_parameters(config: ModelConfig) -> set[str]:
     with torch.device("meta"):
         whole = LanguageModel(config)
     return mixer_parameters(whole) | adapter_parameters(whole)
+
+
+def first_values(config: ModelConfig, seed: int, names: Iterable[str]) -> Iterator[Tensor]:
+    """Yields the parameters `names` of a model of `config` in fp32, as `seed` draws them; memory holds one."""
+    with torch.device("meta"):
+        model = LanguageModel(config)
+    for name in names:
+        owner, _, own = name.rpartition(".")
+        module = model.get_submodule(owner)
+        setattr(module, own, nn.Parameter(torch.empty_like(module.get_parameter(own), device="cpu")))
+        model.init_weights(seed, {name})
+        yield module.get_parameter(own).detach()
+        module.to_empty(device="meta", recurse=False)
 
 
 def mixer_parameters(model: nn.Module) -> set[str]:

@@ -14,13 +14,14 @@ def model_card(
     Args:
         name: of the model.
         library: what loads it.
-        family: the architecture of transformers that it is.
+        family: the architecture of transformers that it is, its attention linearized or not.
         config: the model.
         origin: a sentence on where the weights come from.
         loading: the commands or code that use it.
         notes: further sentences, one a point.
     """
     mixers = ", ".join(f"{config.mixers.count(mixer)} {mixer}" for mixer in dict.fromkeys(config.mixers))
+    linearized = ", its attention linearized" if "linearized_attention" in config.mixers else ""
     points = "".join(f"- {note}\n" for note in notes)
     return f"""---
 library_name: {library}
@@ -33,7 +34,7 @@ tags: [longscan, {family.name}]
 
 | | |
 |---|---|
-| architecture | {family.architecture} |
+| architecture | {family.architecture}{linearized} |
 | parameters | {num_params(config):,} |
 | width, layers | {config.width}, {config.layers} |
 | mixers | {mixers} |

@@ -24,7 +24,7 @@ from longscan.launcher.config import resolve  # noqa: E402
 from longscan.launcher.converting import convert  # noqa: E402
 from longscan.launcher.elastic.supervisor import train  # noqa: E402
 from longscan.launcher.trained import open_trained  # noqa: E402
-from longscan.launcher.validate import check_run  # noqa: E402
+from longscan.launcher.validate import check_run, validate  # noqa: E402
 from longscan.parallel import checkpoint as checkpoints  # noqa: E402
 from longscan.parallel.checkpoint.boxes import Box  # noqa: E402
 from longscan.parallel.checkpoint.manifest import Chunk, DataFile, Manifest  # noqa: E402
@@ -190,6 +190,92 @@ def test_trained_from_a_converted_model_and_back(corpus, tmp_path):
     assert not close(published.logits(tmp_path / "back", TOKENS), published.logits(folder, TOKENS))
     card = (tmp_path / "back" / "README.md").read_text()
     assert "Step 2 of the run `tuned`" in card and "bytes of UTF-8" in card
+
+
+TWIN = ["model.linearized_attention.group=8", "model.linearized_attention.conv_taps=3"]
+MIXER = "model.linearized_attention"
+
+
+def weights_of(run: Path) -> dict[str, torch.Tensor]:
+    """The weights of a run folder's checkpoint of step 0, by name."""
+    folder = run / "checkpoints" / "step-0"
+    checkpoints.verify(folder)
+    manifest, files = checkpoints.read_manifest(folder), MappedFiles(folder)
+    return {name.removeprefix("weight/"): converting.whole_tensor(manifest, files, name) for name in manifest.tensors}
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied-biases"])
+def test_a_twin_has_every_tensor_of_its_teacher_and_draws_its_own_from_the_seed(source, tmp_path, name):
+    folder = source(name, torch.bfloat16)
+    convert(folder, tmp_path / "teacher")
+    there = convert(folder, tmp_path / "twin", linearized=True, overrides=[*TWIN, "run.seed=3"], shard_bytes=8000)
+    theirs, ours = weights_of(tmp_path / "teacher"), weights_of(tmp_path / "twin")
+    added = {
+        f"blocks.{n}.mixer.{own}" for n in (0, 1) for own in ("conv_weight", "global_scale", "query_map", "key_map")
+    }
+    assert ours.keys() == theirs.keys() | added
+    assert all(converting.same_bits(ours[name], theirs[name]) for name in theirs)
+    model = open_trained(tmp_path / "twin", "cpu").model
+    model.init_weights(3)
+    drawn = model.state_dict()
+    assert all(torch.equal(ours[name], drawn[name]) for name in added)
+    assert ours["blocks.0.mixer.conv_weight"].shape == (4, 3)
+    assert (there.drawn, there.tensors, there.family, there.rounded) == (8, len(ours), "llama", 0)
+    for file in ("tokenizer/tokenizer.json", "huggingface/LICENSE"):
+        assert (tmp_path / "twin" / file).read_bytes() == (tmp_path / "teacher" / file).read_bytes()
+
+
+def test_the_card_of_a_twin_says_what_it_is_and_how_it_is_trained(source, tmp_path):
+    convert(source(), tmp_path / "twin", linearized=True)
+    card = (tmp_path / "twin" / "README.md").read_text()
+    assert "LlamaForCausalLM, its attention linearized" in card and "2 linearized_attention" in card
+    assert "8 tensors that linearized attention adds are drawn from seed 0 and not trained" in card
+    command = next(shlex.split(line) for line in card.splitlines() if line.startswith("longscan train"))
+    given = [word for word in command if word.startswith("stages=")]
+    validate(resolve(str(tmp_path / "twin"), [*given, "data.corpora=[x]"]))
+
+
+LINEARIZED = {
+    "bloom": ("bloom", {}, r"source is a bloom; only a llama can be linearized"),
+    "griffin": ("griffin", {}, r"source is a recurrent_gemma; only a llama can be linearized"),
+    "dtype": ("llama", {"dtype": "bf16"}, r"always fp32"),
+    "no twin": ("llama", {"linearized": False, "overrides": TWIN}, r"group=8' says how to linearize.*--linearized"),
+    "unknown key": ("llama", {"overrides": [f"{MIXER}.grup=8"]}, rf"unknown key {MIXER}.grup"),
+    "no value": ("llama", {"overrides": ["run.seed"]}, r"'run.seed' is no part of a twin"),
+    "no number": ("llama", {"overrides": ["run.seed=two"]}, r"run.seed"),
+    "the teacher's": ("llama", {"overrides": ["model.width=48"]}, r"'model.width=48' is no part of a twin"),
+    "training": ("llama", {"overrides": ["stages.0.tokens=1M"]}, r"'stages.0.tokens=1M' is no part of a twin"),
+    "group": ("llama", {"overrides": [f"{MIXER}.group=0"]}, r"group=0 must be at least 1"),
+    "heads": (
+        "llama",
+        {"overrides": [f"{MIXER}.kv_heads=4"]},
+        r"blocks.0.mixer.key.weight is \[12, 24\] in the model to linearize and \[24, 24\] in the twin",
+    ),
+    "biases": (
+        "llama",
+        {"overrides": [f"{MIXER}.output_bias=true"]},
+        r"blocks.0.mixer.output.bias is absent in the model to linearize and \[24\] in the twin",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", LINEARIZED)
+def test_a_twin_that_cannot_be_is_refused_before_anything_is_written(source, tmp_path, what):
+    name, options, message = LINEARIZED[what]
+    folder = source(name)
+    with pytest.raises(ConfigError, match=message):
+        convert(folder, tmp_path / "twin", **{"linearized": True, **options})
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_neither_a_run_nor_a_twin_is_linearized_or_converted_back(source, tmp_path):
+    folder = source()
+    convert(folder, tmp_path / "run")
+    with pytest.raises(ConfigError, match="takes a llama of transformers, and .*run is a run"):
+        convert(tmp_path / "run", tmp_path / "twin", linearized=True)
+    convert(folder, tmp_path / "twin", linearized=True)
+    with pytest.raises(ConfigError, match="llama: it has no linearized_attention"):
+        convert(tmp_path / "twin", tmp_path / "back")
 
 
 def test_a_model_that_no_architecture_says(tiny, tmp_path):
@@ -373,6 +459,25 @@ def test_memory_holds_one_tensor(source, tmp_path, monkeypatch, reader):
     assert len(read) == len(load_file(folder / "model.safetensors"))
 
 
+def test_memory_holds_one_tensor_of_a_twin_too(source, tmp_path, monkeypatch):
+    """When a tensor is written, at most the one before it is still held."""
+    original, written = converting.published.write_file, []
+
+    def watched(tensors):
+        for tensor in tensors:
+            assert sum(earlier() is not None for earlier in written) <= 1
+            written.append(weakref.ref(tensor.untyped_storage()))
+            yield tensor
+
+    def write(path, entries, tensors, *metadata):
+        return original(path, entries, watched(tensors), *metadata)
+
+    folder = source()
+    monkeypatch.setattr(converting.published, "write_file", write)
+    made = convert(folder, tmp_path / "twin", linearized=True)
+    assert made.drawn == 8 and len(written) == made.tensors
+
+
 def test_the_command(source, tmp_path, capsys):
     def run(*arguments) -> tuple[int, str, str]:
         with pytest.raises(SystemExit) as exit:
@@ -388,6 +493,8 @@ def test_the_command(source, tmp_path, capsys):
     code, out, _ = run(tmp_path / "run", tmp_path / "back", "--to", "huggingface", "--dtype", "fp16")
     assert code == 0 and "21 tensors were rounded" in out
     assert run(folder, tmp_path / "run")[0] == 2
+    code, out, _ = run(folder, tmp_path / "twin", *TWIN, "--linearized")
+    assert code == 0 and "8 tensors are the twin's own" in out
     truncate(folder)
     code, out, err = run(folder, tmp_path / "run2")
     assert (code, out) == (1, "") and "cannot be read" in err

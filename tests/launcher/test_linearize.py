@@ -19,10 +19,13 @@ from longscan.launcher import cli
 from longscan.launcher.config import resolve
 from longscan.launcher.converting import convert, whole_tensor
 from longscan.launcher.elastic.supervisor import train
+from longscan.launcher.evals.extrapolate import evaluate
 from longscan.launcher.linearizing import Teacher, linearize
 from longscan.launcher.run_folder import RunFolder
 from longscan.launcher.trained import open_trained
+from longscan.launcher.training.mode import Mode
 from longscan.launcher.validate import check_run, validate
+from longscan.models import LanguageModel
 from longscan.models.linearize import frozen_parameters
 from longscan.parallel import checkpoint as checkpoints
 from longscan.parallel.checkpoint.storage import MappedFiles
@@ -179,6 +182,43 @@ def test_stopped_inside_and_between_stages_it_ends_with_the_same_bits(whole, cor
     assert all(torch.equal(expected[name], resumed[name]) for name in expected)
 
 
+@pytest.fixture(scope="module")
+def converted(whole):
+    """What `longscan convert --linearized` makes of the Llama of `whole`."""
+    run, _ = whole
+    target = run.with_name("converted")
+    options = [option for option in OPTIONS if option.startswith("model.")]
+    convert(run.with_name("llama"), target, tokenizer="bytes", linearized=True, overrides=options)
+    return target
+
+
+def test_a_converted_twin_is_the_one_that_training_begins_with(whole, converted):
+    run, _ = whole
+    config = resolve(str(run))
+    begun = LanguageModel(config.model)
+    Mode.of(config, 0).load_weights(str(Path(f"{run}-teacher") / "checkpoints" / "step-0"), begun, config.run.seed)
+    twin = open_trained(converted, "cpu").model
+    assert config.model.lora.rank and not twin.config.lora.rank
+    tokens, segments = torch.arange(96)[None] % VOCABULARY, Segments.from_lengths([[41, 55]])
+    assert torch.equal(twin(tokens, segments), begun(tokens, segments))
+    teacher = open_trained(Path(f"{run}-teacher"), "cpu").model
+    assert not torch.allclose(twin(tokens, segments), teacher(tokens, segments), atol=1e-3)
+
+
+def test_a_converted_twin_trains_as_one_that_linearize_made(whole, converted, tmp_path):
+    run, _ = whole
+    config, _ = check_run(resolve(str(run), [f"run.folder={tmp_path / 'run'}"]))
+    assert train(config, init_from=str(converted), stop_at=9).status == "stopped"
+    found, expected = checkpoint(tmp_path / "run", 9), checkpoint(run, 9)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_converted_twin_is_evaluated(converted, corpus, tmp_path):
+    result, _ = evaluate(converted, "64,128", str(corpus), "512", tmp_path / "evals", "cpu")
+    assert all(math.isfinite(row["bits_per_byte"]) for row in result.to_json()["lengths"])
+
+
 def test_a_merged_twin_is_a_run_folder_like_any_other(whole, tmp_path):
     run, _ = whole
     trained = open_trained(Path(f"{run}-merged"))
@@ -229,6 +269,7 @@ BAD = {
     "no folder": (shutil.rmtree, {}, ConfigError, "is no folder"),
     "unknown key": (None, {"more": ["model.linearised=1"]}, ConfigError, "unknown key model.linearised"),
     "wrong value": (None, {"more": ["model.linearized_attention.group=0"]}, ConfigError, "group=0 must be at least 1"),
+    "teacher's shape": (None, {"more": ["model.width=64"]}, ConfigError, r"is \[16, 32\] in the model to linearize"),
     "pipeline": (None, {"more": ["parallel.pipeline=2", "run.launcher=ray"]}, ConfigError, "parallel.pipeline=1"),
 }
 

@@ -13,6 +13,7 @@ from longscan.models.adapter import merge_adapters
 from longscan.models.linearize import (
     AttentionTransfer,
     added_parameters,
+    first_values,
     frozen_parameters,
     mixer_parameters,
     softmax_attention,
@@ -65,6 +66,15 @@ def test_the_teacher_is_in_the_twin():
     assert torch.equal(found, expected)
     assert student.blocks[0].mixer.keys_seen == 8
     assert not torch.allclose(student.blocks[0].mixer(x, LocalContext(segments)), expected)
+
+
+def test_what_a_twin_adds_is_drawn_alone_as_with_all_the_rest():
+    config = twin(rank=2)
+    expected, names = built(config, dtype=torch.float32, seed=3).state_dict(), sorted(added_parameters(config))
+    found = dict(zip(names, first_values(config, 3, names), strict=True))
+    assert all(torch.equal(found[name], expected[name]) for name in names)
+    other = dict(zip(names, first_values(config, 4, names), strict=True))
+    assert not torch.equal(other[name := "blocks.1.mixer.query_map"], found[name])
 
 
 def test_the_loss_is_the_mean_relative_error_of_teacher_forced_blocks():
