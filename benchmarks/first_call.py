@@ -3,8 +3,9 @@
     python -m benchmarks.first_call [preset ...]
 
 A model has all the mixers of its preset at their real widths and as few layers as hold them all, since what is compiled
-does not depend on their number. Each figure is of a fresh process; the first finds an empty cache, the next what the
-first left.
+does not depend on their number. Its engine and its kernels are made ready as the trainer does it: a rehearsal, all
+kernels that are missing compiled at once, then the step. Each figure is of a fresh process whose engine stands; the
+first finds an empty cache, the next what the first left.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ import os
 import subprocess
 import sys
 import tempfile
+from functools import partial
 
 import torch
-from torch import Tensor
 
-from longscan.kernels import Segments, linear_cross_entropy
+from longscan.data import Batch
+from longscan.kernels import Segments
 from longscan.models import LanguageModel, ModelConfig, config_from_mapping, load_preset
+from longscan.parallel import Engine, OptimizerOptions, ParallelDims
 
 from .gpu_timing import seconds
 from .record import ROOT, record
@@ -39,40 +42,47 @@ def small(preset: str) -> ModelConfig:
     return config_from_mapping(mapping | {"layers": 1 + max(pattern.index(mixer) for mixer in set(pattern))})
 
 
-def loss_of(model: LanguageModel, tokens: Tensor, segments: Segments) -> Tensor:
-    """The summed loss of predicting each token by those before it."""
-    hidden = model.hidden(tokens, segments).flatten(0, 1)
-    table = "embedding" if model.config.tie_embeddings else "unembedding"
-    return linear_cross_entropy(hidden[:-1], model.get_parameter(f"{table}.weight"), tokens.flatten()[1:])
-
-
-def measure(preset: str) -> tuple[float, float]:
-    """Seconds of the first and of the second forward and backward of this process."""
-    torch.manual_seed(0)
+def engine_of(preset: str) -> Engine:
+    """An engine on the GPU that is about to train the small model; the libraries of CUDA are loaded."""
     with torch.device("cuda"):
         model = LanguageModel(small(preset))
-        tokens = torch.randint(VOCABULARY, (1, TOKENS))
     model.init_weights(0)
-    model.to(torch.bfloat16)
-    segments = Segments.from_lengths([[TOKENS // 4, TOKENS - TOKENS // 4]], device="cuda")
     a = torch.randn(64, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    (a @ a).sum().backward()  # the libraries of CUDA load here
+    (a @ a).sum().backward()
+    return Engine(model, ParallelDims(zero=0), OptimizerOptions(), "bf16", "cuda")
 
-    def step() -> None:
-        loss_of(model, tokens, segments).backward()
 
-    return seconds(step), seconds(step)
+def batch_of_two_documents() -> Batch:
+    """One row of random tokens."""
+    tokens = torch.randint(VOCABULARY, (1, TOKENS + 1), generator=torch.Generator().manual_seed(0))
+    found = Segments.from_lengths([[TOKENS // 4, TOKENS - TOKENS // 4]])
+    return Batch(tokens[:, :-1], tokens[:, 1:], found.cu_seqlens, found.continues, found.doc_start, (), 0.0)
+
+
+def measure(preset: str) -> dict[str, float]:
+    """Seconds of what comes before the first step of this process, of that step and of the second; kernels compiled."""
+    from longscan.kernels.precompile import prepare, rehearse
+
+    engine, batch = engine_of(preset), batch_of_two_documents()
+    missing = []
+    found = {"rehearsal": seconds(lambda: missing.extend(rehearse(partial(engine.rehearse, [batch]))))}
+    found |= {"kernels": len(missing), "compiling": seconds(lambda: prepare(missing))}
+    for step in ("first", "second"):
+        found[step] = seconds(lambda: engine.forward_backward([batch], TOKENS))
+        engine.discard()
+    return found
 
 
 def in_a_process(preset: str, cache: str) -> float:
-    """Seconds of the first step beyond the second in a fresh process whose compilers keep what they make in `cache`."""
+    """Seconds before a second step beyond it, in a fresh process whose compilers keep what they make in `cache`."""
     environment = os.environ | {"TRITON_CACHE_DIR": f"{cache}/triton", "TORCHINDUCTOR_CACHE_DIR": f"{cache}/inductor"}
     command = [sys.executable, "-m", "benchmarks.first_call", "--child", preset]
     done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         sys.exit(f"{preset}: the process ended with {done.returncode}")
-    first, second = json.loads(done.stdout.splitlines()[-1])
-    return first - second
+    found = json.loads(done.stdout.splitlines()[-1])
+    print(", ".join(f"{name} {value:.4g}" for name, value in found.items()), file=sys.stderr)
+    return found["rehearsal"] + found["compiling"] + found["first"] - found["second"]
 
 
 def main() -> None:

@@ -5,6 +5,10 @@ By rule and never by attempt: where `runs` says so and liger-kernel is missing, 
 
 from __future__ import annotations
 
+import functools
+import sys
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -20,10 +24,8 @@ def rms_norm(x: Tensor, scale: Tensor, eps: float) -> Tensor:
     The gradient that comes in is left as it is, for others may share it; in place would save a pass. A program takes a
     row: the kernel for several short ones multiplies what it loads beyond the last row, undefined, by zero.
     """
-    from liger_kernel.ops.rms_norm import LigerRMSNormFunction
-
     offset, casts, in_place, by_row = 1.0, "gemma", False, True
-    return LigerRMSNormFunction.apply(x, scale, eps, offset, casts, in_place, by_row)
+    return _functions()["rms_norm"].apply(x, scale, eps, offset, casts, in_place, by_row)
 
 
 def gated(activation: str, gate: Tensor, up: Tensor) -> Tensor:
@@ -31,8 +33,23 @@ def gated(activation: str, gate: Tensor, up: Tensor) -> Tensor:
 
     The backward pass writes both gradients over gate and up: it runs once, and nothing else may have kept them.
     """
-    from liger_kernel.ops.geglu import LigerGELUMulFunction
-    from liger_kernel.ops.swiglu import LigerSiLUMulFunction
+    return _functions()[activation].apply(gate, up)
 
-    function = {"gelu": LigerGELUMulFunction, "silu": LigerSiLUMulFunction}[activation]
-    return function.apply(gate, up)
+
+@functools.cache
+def _functions() -> dict[str, Any]:
+    """Liger's autograd functions.
+
+    To learn whether there is an NPU, and whether PEFT is installed, Liger imports transformers and peft, and with them
+    scipy, pandas and scikit-learn: up to 8 s. Neither concerns these functions, so it is told that there are none.
+    """
+    asked = [name for name in ("peft", "transformers") if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(asked))  # pyright: ignore[reportArgumentType, reportCallIssue]
+    try:
+        from liger_kernel.ops.geglu import LigerGELUMulFunction
+        from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+        from liger_kernel.ops.swiglu import LigerSiLUMulFunction
+    finally:
+        for name in asked:
+            del sys.modules[name]
+    return {"rms_norm": LigerRMSNormFunction, "gelu": LigerGELUMulFunction, "silu": LigerSiLUMulFunction}

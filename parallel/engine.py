@@ -110,6 +110,18 @@ class Engine:
         self._micro_batches = 0
         self._optimizer.discard()
 
+    def rehearse(self, batches: Iterable[Batch]) -> None:
+        """Does what `forward_backward` does with these micro-batches, but as no graph, and drops what came of it.
+
+        Every rank does so or none. Nothing is left of it but what the libraries keep ready from then on.
+        """
+        graphs, self._graphs = self._graphs, None
+        if graphs is not None:
+            graphs.drop()  # They keep memory that this may need.
+        self.forward_backward(batches, 1)
+        self._graphs = graphs
+        self.discard()
+
     def evaluate(self, batches: Iterable[Batch]) -> Tensor:
         """Returns the summed loss of this replica's batches, fp64, on the device; no gradient, evaluation mode."""
         self.model.eval()

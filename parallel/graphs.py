@@ -87,13 +87,15 @@ class _Place:
 
 
 class MicroBatchGraphs:
-    """Learns from micro-batches: of each key the first one eagerly, all others by the graph recorded at the second.
+    """Learns from micro-batches: of each key the first one eagerly, all others by a graph, recorded when it is needed.
 
     A key is the same on every rank of a replica, so that these record and replay together, as NCCL asks of them. All
     graphs are dropped where the model has got other positions or other parameters to train.
 
-    Memory: a graph keeps what its micro-batch takes at the peak, and nobody else can use that. Evaluation, the update
-    and the first micro-batch of another key take theirs on top. Recording empties PyTorch's cache.
+    Memory: a graph keeps what its micro-batch takes at the peak, and nobody else can use that. Evaluation and the
+    update take theirs on top. The first micro-batch of a key does not: it lets go of the other keys' graphs, which are
+    recorded anew where they come again. Rows of a stage that is over so keep nothing. Recording empties PyTorch's
+    cache.
 
     Args:
         learn: adds the gradients of a micro-batch's loss over a divisor, and returns the loss; called again and again
@@ -131,6 +133,7 @@ class MicroBatchGraphs:
         key = (piece.inputs.shape, whole)
         begun = key in self._places
         if not begun:
+            self._drop_graphs()
             self._places[key] = _Place(_room_for(piece, whole, self._device))
         place = self._places[key]
         _fill(place.batch, piece)
@@ -142,7 +145,12 @@ class MicroBatchGraphs:
 
     def drop(self) -> None:
         """Lets go of every graph and its memory, which must be before NCCL's groups end."""
+        self._drop_graphs()
         self._places.clear()
+
+    def _drop_graphs(self) -> None:
+        for place in self._places.values():
+            place.replay = None
         self._recorder.forget()
 
     def _drop_if_changed(self) -> None:

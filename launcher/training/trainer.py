@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -226,8 +227,10 @@ class Trainer:
         self.meter.restart()
         with self.loader.prefetch(wanted, depth=PREFETCH) as batches:
             for step in self.schedule.steps(begin, stop_at):
-                self._enter(step.stage)
+                entered = self._enter(step.stage)
                 mine = [next(batches) for _ in step.micro_batches(self.replica, self.dims.data)]
+                if entered:
+                    self._compile(mine)
                 sums = self._step(step, mine)
                 self._record(step, sums)
                 ending = sums.stop or step.number == stop_at
@@ -237,14 +240,14 @@ class Trainer:
                     return "finished" if step.number == self.schedule.total_steps else "stopped"
         raise AssertionError("the last step ends the run")
 
-    def _enter(self, stage: int) -> None:
-        """Gives the model what `stage` changes of it.
+    def _enter(self, stage: int) -> bool:
+        """Gives the model what `stage` changes of it; returns whether the model was not in that stage already.
 
         Where it trains otherwise than the stage before, it begins as a run of its own would with the checkpoint just
         saved: adapters merged, moments zero. So a run resumed there is the same as one that went on.
         """
         if stage == self.stage:
-            return
+            return False
         if (mode := Mode.of(self.config, stage)) != self.mode:
             self._drop_engine()
             self._make_engine(mode, str(self.folder.checkpoints / f"{self.last_checkpoint}"))
@@ -252,6 +255,29 @@ class Trainer:
             self.meter.restart()
         self.stage = stage
         self.engine.model.use_positions(stage_model(self.config, stage))
+        return True
+
+    def _compile(self, batches: list[Batch]) -> None:
+        """Compiles the kernels of a step all at once, where its micro-batches would compile one after the other.
+
+        It costs one micro-batch, gone through for the kernels' sake. There are none on CPUs, and few by references.
+        """
+        if self.device.type != "cuda" or self.config.run.implementation == "reference":
+            return
+        from ...kernels.precompile import prepare, rehearse
+
+        began = time.perf_counter()
+        missing = rehearse(partial(self._rehearse, batches[:1]))
+        if missing:
+            self.report({"kind": "note", "text": f"compiling {len(missing)} kernels"})
+            prepare(missing)
+            self.report({"kind": "note", "text": f"compiled in {time.perf_counter() - began:.1f} s"})
+        self.meter.restart()
+
+    def _rehearse(self, batches: list[Batch]) -> None:
+        """Forward and backward, of which nothing is left; collective."""
+        self.engine.rehearse(batches)
+        self.mode.block_errors(self.engine, 1.0)
 
     def _step(self, step: Step, batches: list[Batch]) -> Sums:
         """One update of the weights from one step's rows."""

@@ -37,8 +37,10 @@ def test_a_run_on_a_gpu_resumes_bit_for_bit_under_ray_with_nccl(tiny):
     assert [record["loss"] for record in records(parts)] == [record["loss"] for record in records(whole)]
 
 
-def test_a_run_with_cuda_graphs_is_the_run_without(tiny):
-    options = ("run.device=cuda", "parallel.zero=0")
+@pytest.mark.parametrize("options", [(), ("stages=[{seq_len: 32, tokens: 6144}, {seq_len: 128, tokens: 6144}]",)])
+def test_a_run_with_cuda_graphs_is_the_run_without(tiny, options):
+    options = ("run.device=cuda", "parallel.zero=0", "validation.every=2", "checkpoint.every=2", *options)
     eager, graphed = tiny(*options, run="eager"), tiny(*options, "run.cuda_graphs=true", run="graphed")
+    train(graphed, stop_at=3)
     assert train(eager).status == train(graphed).status == "finished"
     assert [record["loss"] for record in records(graphed)] == [record["loss"] for record in records(eager)]

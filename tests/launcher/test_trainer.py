@@ -1,13 +1,16 @@
 """A run, whole or interrupted, inline: the same rows, losses, weights and lines; and what stops it."""
 
 import json
+import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from longscan.errors import ConfigError, UserError
+from longscan.kernels import precompile
 from longscan.launcher.elastic.supervisor import train
 from longscan.launcher.run_folder import RunFolder
 from longscan.launcher.training import trainer as trainer_module
@@ -167,6 +170,43 @@ def test_two_stages_continue_one_stream(tiny):
     ledger = lines(config.run.folder, "ledger")
     assert [record["stage"] for record in ledger] == [0] * 4 + [1] * 4
     assert ledger[4]["rows"] == [0, 8]
+
+
+def test_a_rehearsed_run_is_the_run_without(whole, tiny, monkeypatch):
+    losses = []
+
+    def rehearse(self, batches):
+        original = self.engine.model.hidden
+        with monkeypatch.context() as patch:
+            patch.setattr(self.engine.model, "hidden", lambda *inputs: original(*inputs) * torch.nan)
+            losses.append(self.engine.evaluate(batches[:1]).item())
+            self._rehearse(batches[:1])
+
+    monkeypatch.setattr(trainer_module.Trainer, "_compile", rehearse)
+    config = tiny()
+    assert train(config, stop_at=4).status == "stopped"
+    assert train(config).status == "finished"
+    assert len(losses) == 2 and all(map(math.isnan, losses)), "at the start and where it goes on"
+    for name in ("metrics", "ledger"):
+        assert lines(config.run.folder, name) == lines(whole, name)
+    assert weights(config.run.folder, 20) == weights(whole, 20)
+
+
+def test_kernels_are_compiled_before_a_stage_on_a_gpu_and_said_so(monkeypatch):
+    told, work, compiled = [], [], []
+    monkeypatch.setattr(precompile, "rehearse", lambda rehearsal: work.append(rehearsal) or ["one", "two"])
+    monkeypatch.setattr(precompile, "prepare", compiled.append)
+    trainer = object.__new__(trainer_module.Trainer)
+    trainer.report, trainer.meter = told.append, SimpleNamespace(restart=lambda: None)
+    trainer._rehearse = lambda batches: batches
+    for device, implementation in (("cpu", "auto"), ("cuda", "reference"), ("cuda", "auto")):
+        trainer.device = torch.device(device)
+        trainer.config = SimpleNamespace(run=SimpleNamespace(implementation=implementation))
+        assert compiled == []
+        trainer._compile(["first", "second"])
+    assert [rehearsal() for rehearsal in work] == [["first"]]
+    assert compiled == [["one", "two"]]
+    assert [note["text"].split(" 0.")[0] for note in told] == ["compiling 2 kernels", "compiled in"]
 
 
 @pytest.mark.parametrize("what", ["nan", "explode"])

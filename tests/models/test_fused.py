@@ -85,3 +85,18 @@ print([m for m in sys.modules if m.split(".")[0] in ("liger_kernel", "triton")])
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_liger_brings_no_library_that_it_only_looks_for(tmp_path):
+    for name in ("peft", "transformers"):
+        (tmp_path / f"{name}.py").write_text("import scipy_and_the_like")
+    script = """
+import sys
+from longscan.models import fused
+print(sorted(fused._functions()), [m for m in ("peft", "transformers") if m in sys.modules])
+import peft
+"""
+    pytest.importorskip("triton")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout.strip() == "['gelu', 'rms_norm', 'silu'] []"
+    assert done.stderr.strip().endswith("No module named 'scipy_and_the_like'"), "afterwards it is there for others"

@@ -1,6 +1,7 @@
 """Micro-batches as graphs: the eager engine's bits, by a recorder that repeats the work (real: `test_gpu.py`)."""
 
 import os
+import weakref
 
 import pytest
 import torch
@@ -23,8 +24,9 @@ PACKED = [
     [[[24], [24]], [[1] * 24, [2] * 12], [[24], [24]]],
     [[[5, 19]], [[24]], [[20, 4]], [[24], [23, 1]]],
 ]
-# Of one row and of two, packed and whole; one row that is whole comes but once.
-KEYS, RECORDED = 4, 3
+# Of one row and of two, packed and whole; one row that is whole comes but once, two that are packed are recorded again
+# after the first of each other key.
+KEYS, RECORDED = 4, 5
 
 
 class Repeating:
@@ -32,8 +34,10 @@ class Repeating:
 
     def __init__(self, device):
         self.runs = self.records = self.replays = self.forgotten = 0
+        self.graphs = weakref.WeakSet()
 
     def run(self, work):
+        assert not self.graphs, "a micro-batch beside graphs that keep the memory of another"
         self.runs += 1
         return work()
 
@@ -44,9 +48,11 @@ class Repeating:
             self.replays += 1
             return work()
 
+        self.graphs.add(replay)
         return replay
 
     def forget(self):
+        assert not self.graphs, "a pool left to graphs"
         self.forgotten += 1
 
 
@@ -67,9 +73,9 @@ def learn(engine, batches):
     return [loss, *gradients, *(master.clone() for master in engine._optimizer.masters)]
 
 
-def pair(make, dims=ALONE, precision="fp32"):
+def pair(make, dims=ALONE, precision="fp32", device="cpu"):
     """The engine without graphs and the one with."""
-    return [Engine(make(), dims, OPTIONS, precision, cuda_graphs=graphs) for graphs in (False, True)]
+    return [Engine(make(), dims, OPTIONS, precision, device, graphs) for graphs in (False, True)]
 
 
 def assert_same(engines, steps):
@@ -96,9 +102,11 @@ def test_graphs_are_the_eager_engine_bit_for_bit(family, precision, recomputed):
 def test_rows_of_another_length_are_another_graph():
     engines = pair(lambda: model_of("griffin", ALONE).float())
     long = steps_of(PACKED[:2])
-    assert_same(engines, [*long, [piece_of(batch, 0, 2) for batch in long[0] + long[1]], long[0] * 2])
     recorder = engines[1]._graphs._recorder
-    assert (recorder.runs, recorder.records) == (4, 2)  # whole rows of either length come once
+    assert_same(engines, [*long, [piece_of(batch, 0, 2) for batch in long[0] + long[1]]])
+    assert len(recorder.graphs) == 1, "a graph of rows that were trained before"
+    assert_same(engines, [long[0] * 2])
+    assert (recorder.runs, recorder.records) == (4, 5)  # whole rows of either length come once
 
 
 def test_batches_are_copied_not_kept():
@@ -116,17 +124,27 @@ def test_other_positions_and_other_trained_parameters_drop_the_graphs():
     recorder = engines[1]._graphs._recorder
     steps = steps_of(PACKED[:3])
     assert_same(engines, steps)
-    begun = recorder.forgotten
+    assert recorder.runs == 2
     for engine in engines:
         engine.model.use_positions(with_positions(engine.model.config, rope_base=100.0))
     assert_same(engines, steps)
-    assert recorder.forgotten == begun + 1
+    assert recorder.runs == 4
     for engine in engines:
         engine.model.frozen = {"embedding.weight"}
         engine.model.freeze()
     assert_same(engines, steps)
-    assert recorder.forgotten == begun + 2
     assert recorder.runs == 6
+
+
+def test_a_rehearsal_has_the_memory_of_all_graphs_and_leaves_no_trace():
+    engines = pair(lambda: model_of("griffin", ALONE).float())
+    steps = steps_of(PACKED)
+    assert_same(engines, steps[:2])
+    recorder = engines[1]._graphs._recorder
+    assert recorder.graphs
+    engines[1].rehearse(steps[2][:1])
+    assert not recorder.graphs
+    assert_same(engines, steps[2:])
 
 
 def test_attention_transfer_counts_its_errors_in_place():
@@ -187,4 +205,4 @@ def train_divided(folder, names):
 def test_the_ranks_of_a_replica_record_together(tmp_path):
     names = ["cp2", "tp2-sp"]
     ranks = run_distributed(train_divided, 2, tmp_path, names, join=False, preload=["longscan.parallel.tensor"])
-    assert ranks == [dict.fromkeys(names, [2, 2, 7])] * 2
+    assert ranks == [dict.fromkeys(names, [2, 3, 7])] * 2

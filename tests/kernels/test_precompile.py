@@ -1,0 +1,159 @@
+"""Kernels compiled all at once: what a rehearsal notes is compiled for a Hopper GPU, and the work finds it there."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+# In a process of its own: here triton may be in interpreter mode, where nothing compiles. Its driver is one that
+# launches nothing and says so.
+BEGIN = """
+import contextlib, json, sys, types
+
+import torch
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from longscan.kernels import precompile
+
+launched, loaded = [], []
+
+
+class Launcher:
+    def __init__(self, source, metadata):
+        self.name = source.fn.__name__
+
+    def __call__(self, *arguments):
+        launched.append(self.name)
+
+
+class Driver:
+    launcher_cls = Launcher
+    utils = types.SimpleNamespace(
+        load_binary=lambda name, *_: loaded.append(name) or (1, 2, 10, 0, 1024),
+        get_device_properties=lambda device: {"max_shared_mem": 232448},
+    )
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+
+driver.set_active(Driver())
+torch.cuda.device = lambda device: contextlib.nullcontext()
+torch.cuda.current_device = lambda: 0
+
+
+@triton.jit
+def fill(p, tokens, dtype: tl.constexpr, scale: tl.constexpr):
+    tl.store(p + tl.arange(0, 16), (tokens * scale).to(dtype))
+
+
+@triton.jit
+def broken(p):
+    tl.store(p, absent)
+"""
+WORKS = """
+def work():
+    for tokens in (32, 48, 33):
+        p = torch.zeros(tokens)
+        rotary.rotate(torch.zeros(1, tokens, 2, 8), torch.zeros(1, tokens, 4), torch.zeros(1, tokens, 4), False)
+        fill[(1,)](p, tokens, tl.float32, 0.5)
+
+
+from longscan.kernels.rotary import kernel as rotary
+
+found = {}
+missing = precompile.rehearse(work)
+found["missing"] = [kernel.function.__name__ for kernel in missing]
+found["rehearsed"] = len(launched), len(loaded)
+precompile.prepare(missing)
+found["prepared"] = len(launched), sorted(loaded)
+triton.knobs.compilation.listener = lambda **_: sys.exit("compiled after all")
+work()
+found["worked"] = list(launched)
+found["again"] = len(precompile.rehearse(work)), len(launched)
+print(json.dumps(found))
+"""
+FAILS = """
+def work():
+    fill[(1,)](torch.zeros(16), 1, tl.float32, 1.0)
+    broken[(1,)](torch.zeros(16))
+
+
+precompile.prepare(precompile.rehearse(work))
+"""
+ON_A_GPU = """
+import json
+
+import torch
+from triton import knobs
+
+from longscan.kernels import linear_scan, precompile, short_conv
+
+inputs = [torch.randn(2, 33, 16, device="cuda") for _ in range(2)]
+weight = torch.randn(16, 4, device="cuda")
+
+
+def work(implementation="triton"):
+    x, log_a = (tensor.clone().requires_grad_() for tensor in inputs)
+    h, _ = linear_scan(short_conv(x, weight, activation="silu", implementation=implementation)[0], -log_a.abs(),
+                       implementation=implementation)
+    return [h.detach(), *torch.autograd.grad(h.square().sum(), (x, log_a))]
+
+
+compiled = []
+missing = precompile.rehearse(work)
+knobs.compilation.listener = lambda **_: compiled.append(1)
+precompile.prepare(missing)
+count, pairs = len(compiled), list(zip(work(), work("reference"), strict=True))
+near = [torch.allclose(*pair, rtol=1e-3, atol=1e-3) for pair in pairs]
+print(json.dumps([len(missing), count, len(compiled), all(near)]))
+"""
+
+
+def run(script, folder):
+    path = folder / "script.py"
+    path.write_text(script)
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(folder / "cache")
+    return subprocess.run([sys.executable, path], env=environment, capture_output=True, text=True)
+
+
+def test_what_a_rehearsal_notes_is_compiled_once_and_found(tmp_path):
+    done = run(BEGIN + WORKS, tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout)
+    assert found["missing"] == ["_rotate", "fill"] * 2, "a number of tokens that 16 divides, and another"
+    assert found["rehearsed"] == [0, 0]
+    assert found["prepared"] == [0, ["_rotate", "_rotate", "fill", "fill"]]
+    assert found["worked"] == ["_rotate", "fill"] * 3
+    assert found["again"] == [0, 12], "nothing is missing, and what is there is launched"
+
+
+def test_what_does_not_compile_raises(tmp_path):
+    done = run(BEGIN + FAILS, tmp_path)
+    assert done.returncode == 1
+    assert "absent is not defined" in done.stderr
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(tmp_path):
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    done = run(ON_A_GPU, tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    missing, prepared, compiled, near = json.loads(done.stdout)
+    assert missing == prepared == compiled == 5 and near
