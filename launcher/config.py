@@ -116,6 +116,9 @@ class ParallelConfig:
     pipeline: int = option(1, "workers that share the stack of layers", at_least=1)
     zero: int = option(1, "DeepSpeed ZeRO stage", at_least=0, at_most=3)
     sequence_parallel: bool = option(False, "split norms and residuals over the tensor workers")
+    copy_engines: bool = option(
+        False, "tensor workers of one node exchange by their GPUs' copy engines (sequence_parallel, NVLink)"
+    )
     offload_optimizer: bool = option(False, "keep optimizer state in host memory and compute updates there (zero >= 1)")
     interleave: int = option(1, "runs of layers a pipeline worker holds; more idle less and send more", at_least=1)
     stage_layers: list[int] = option([], "layers of each run, pipeline x interleave numbers (empty: dealt evenly)")

@@ -30,6 +30,7 @@ class ParallelDims:
         pipeline: ranks that share the stack of layers, consecutive layers on each.
         zero: 0 replicates the optimizer state over data x context, 1 shards it, 2 gradients too, 3 parameters too.
         sequence_parallel: norms and residuals are split over the tensor axis.
+        copy_engines: tensor ranks, of one node, exchange rows by their GPUs' copy engines instead of collectives.
         interleave: how many separate runs of layers, chunks, each pipeline rank holds: a smaller bubble, more messages.
         stage_layers: the number of layers of each chunk in the order a row passes them; empty: `chunks` deals them.
         offload_optimizer: masters and moments lie in host memory, and the update is computed there.
@@ -41,6 +42,7 @@ class ParallelDims:
     pipeline: int = 1
     zero: int = 1
     sequence_parallel: bool = False
+    copy_engines: bool = False
     interleave: int = 1
     stage_layers: tuple[int, ...] = ()
     offload_optimizer: bool = False
@@ -104,6 +106,11 @@ class ParallelDims:
             raise ConfigError("parallel.offload_optimizer needs parallel.zero >= 1, which is 0; set parallel.zero=1")
         if self.sequence_parallel and self.tensor == 1:
             raise ConfigError("parallel.sequence_parallel needs parallel.tensor > 1, which is 1; set it to false")
+        if self.copy_engines and not self.sequence_parallel:
+            raise ConfigError(
+                "parallel.copy_engines needs parallel.sequence_parallel, which is false: without it rows are summed, "
+                "not copied; set parallel.sequence_parallel=true"
+            )
         self._check_chunks()
 
     def _check_chunks(self) -> None:

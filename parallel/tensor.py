@@ -32,7 +32,8 @@ from ..models.parameters import Logical, normal, zeros
 from .collectives import gather_tokens, sum_gradients, sum_parts, sum_tokens
 from .dims import ParallelDims
 from .groups import layout_groups
-from .products import Matrix, project, sum_products
+from .peers import GPUs, PeerCopies
+from .products import Exchange, Matrix, project, sum_products
 
 # What exchanges with other ranks: torch.compile leaves it out of its graphs.
 eager = cast("Callable[[Any], Any]", torch.compiler.disable)
@@ -51,6 +52,7 @@ class MegatronBackend:
         self.group: dist.ProcessGroup = group
         self.rank, self.size = group.rank(), group.size()
         self.sequence_parallel = dims.sequence_parallel
+        self.exchange = PeerCopies(group, GPUs(group)) if dims.copy_engines else Exchange(group)
         with torch.device("meta"):
             undivided = LanguageModel(config, LocalBackend())
         self._shapes = {name: tuple(parameter.shape) for name, parameter in undivided.named_parameters()}
@@ -86,7 +88,7 @@ class MegatronBackend:
             whole = self.enter(x)
             return (linear(whole) for linear in linears)
         matrices = [cast("ColumnLinear | SharedHeadLinear", linear).matrix for linear in linears]
-        return iter(_projected(x, matrices, self.group, self.sequence_parallel))
+        return iter(_projected(x, matrices, self.exchange, self.sequence_parallel))
 
     def column_linear(self, inputs: int, outputs: int, bias: bool, variance: float) -> nn.Module:
         """Megatron's, its outputs left divided."""
@@ -240,11 +242,11 @@ class RowLinear(RowParallelLinear):
             skip_bias_add=False,
             tp_group=backend.group,
         )
-        self.specs = {"weight": normal(variance), "bias": zeros()}
+        self.specs, self._exchange = {"weight": normal(variance), "bias": zeros()}, backend.exchange
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, inputs / tensor] -> [B, T, outputs], or [B, T / tensor, outputs] with sequence_parallel."""
-        y = _summed(x, self.weight, self.tp_group, self.sequence_parallel)
+        y = _summed(x, self.weight, self._exchange, self.sequence_parallel)
         return y if self.bias is None else y + self.bias
 
 

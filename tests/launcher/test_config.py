@@ -56,7 +56,7 @@ batch.tokens batch.micro_rows batch.ramp_from batch.ramp_steps
 optimizer.lr optimizer.betas optimizer.eps optimizer.weight_decay optimizer.clip
 schedule.warmup_steps schedule.kind schedule.final_ratio schedule.decay_share
 parallel.data parallel.context parallel.tensor parallel.pipeline parallel.zero parallel.sequence_parallel
-parallel.offload_optimizer
+parallel.copy_engines parallel.offload_optimizer
 parallel.interleave parallel.stage_layers
 precision
 checkpoint.every checkpoint.keep_last checkpoint.keep_every

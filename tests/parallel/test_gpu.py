@@ -1,16 +1,28 @@
 import os
+from dataclasses import replace
+from unittest.mock import patch
 
+import matrix
 import pytest
 import torch
+import torch.distributed as dist
 from distributed import run_distributed
-from matrix import LAYOUTS, TOLERANCES, fits, worst
+from matrix import LAYOUTS, TOLERANCES, batch_of, fits, model_of, worst
 from matrix import train as train_layout
 from matrix import train_plainly as train_layout_plainly
 from safetensors.torch import load_file, save_file
+from test_graphs import ALONE, assert_same, pair, steps_of
+from test_graphs import PACKED as SEVERAL_KEYS
 from tiny_model import STAGES, TinyModel, train, train_plainly
 
+from longscan.kernels.attention import sdpa
+from longscan.models import LanguageModel
+from longscan.models.config import config_from_mapping, load_preset
 from longscan.parallel import Engine, OptimizerOptions, ParallelDims, process_group
 from longscan.parallel.checkpoint import Checkpointer, verify
+from longscan.parallel.graphs import CudaRecorder
+from longscan.parallel.peers import GPUs, PeerCopies
+from longscan.parallel.products import Exchange
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 OPTIONS = OptimizerOptions(clip=0.4, weight_decay=0.3)
@@ -130,6 +142,48 @@ def test_cuda_graphs_repeat_the_eager_engines_bits(family, packed, recomputed, p
     assert differing(family, packed, ParallelDims(zero=0), **options) == []
 
 
+@pytest.mark.parametrize("family", ["griffin", "based"])
+def test_cuda_graphs_of_several_keys_share_a_pool(family):
+    """Each is dropped for another's first micro-batch and recorded again; in between is evaluated."""
+    engines = pair(lambda: model_of(family, ALONE).float(), precision="bf16", device="cuda:0")
+    assert_same(engines, steps_of(SEVERAL_KEYS))
+
+
+@patch.object(matrix, "TOKENS", 1024)
+def test_a_first_micro_batch_has_the_memory_that_graphs_kept():
+    packed, whole = (batch_of([lengths] * 64, 0) for lengths in ([512, 512], [1024]))
+    torch.cuda.empty_cache()
+    engine = Engine(model_of("griffin", ALONE).float(), ALONE, OPTIONS, "bf16", "cuda:0", True)
+    engine.forward_backward([packed], packed.valid_tokens)
+    room = 1.7 * torch.cuda.memory_reserved() / torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(room, 0)
+    try:
+        engine.forward_backward([packed, whole] * 2, packed.valid_tokens)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, 0)
+        engine.close()
+
+
+@patch.object(matrix, "TOKENS", 1024)
+def test_cuda_graphs_hold_cudnns_attention():
+    """Its gradients have other bits each time: near the eager engine's, not the same."""
+    attending = {"heads": 2, "head_dim": 64, "position": "rope"}
+    config = config_from_mapping(load_preset("rope-tiny") | {"vocab_size": matrix.VOCABULARY, "attention": attending})
+
+    def make():
+        model = LanguageModel(config)
+        model.init_weights(3)
+        return model
+
+    steps, found = [batch_of([[1024]], seed) for seed in range(4)], []
+    with patch.object(sdpa, "forward", wraps=sdpa.forward) as forward:
+        for engine in pair(make, precision="bf16", device="cuda:0"):
+            losses = [(engine.forward_backward([b], b.valid_tokens), engine.update(1e-2)) for b in steps]
+            found.append(torch.tensor(losses, dtype=torch.float64))
+    assert forward.call_count == config.layers * (len(steps) + 2), "of the graph: run once, recorded once"
+    torch.testing.assert_close(found[1], found[0], rtol=5e-3, atol=0)
+
+
 GRAPHED = ["griffin tp2", "griffin tp2-sp", "griffin cp2", "griffin cp2-recomputed", "based cp2", "linearized tp2-sp"]
 
 
@@ -151,3 +205,79 @@ def train_graphed(folder, cases):
 def test_cuda_graphs_repeat_the_bits_of_a_pair_of_gpus(tmp_path):
     ranks = run_distributed(train_graphed, 2, tmp_path, GRAPHED, join=False, timeout=220)
     assert ranks == [{case: [] for case in GRAPHED}] * 2
+
+
+COPIED = ["griffin tp2-sp", "griffin tp2-sp-selective", "based tp2-sp", "linearized tp2-sp"]
+
+
+def train_copied(folder, cases):
+    """What copy engines change in each case on this rank, eagerly and by CUDA graphs."""
+    rank, found = int(os.environ["RANK"]), {}
+    torch.cuda.set_device(rank)
+    for number, case in enumerate(cases):
+        family, name = case.split()
+        dims, options = LAYOUTS[name]
+        place = {"rank": rank, "world_size": 2, "store": f"{folder}/store-{number}", "device": f"cuda:{rank}"}
+        options = {"device": f"cuda:{rank}", "precision": "bf16", **options}
+        with process_group(**place, timeout_seconds=60):
+            plain = train_layout(family, True, dims, **options)
+            for graphs in (False, True):
+                copied = train_layout(family, True, replace(dims, copy_engines=True), cuda_graphs=graphs, **options)
+                found[f"{case} {graphs}"] = [key for key in plain if not torch.equal(plain[key], copied[key])]
+    return found
+
+
+def exchange_and_compare(folder):
+    """Whether rows of many lengths arrive whole while products run, eagerly and by a graph that is repeated."""
+    rank, same = int(os.environ["RANK"]), []
+    torch.cuda.set_device(rank)
+    device = torch.device("cuda", rank)
+    with process_group(rank=rank, world_size=2, store=f"{folder}/store", device=device, timeout_seconds=60):
+        theirs = Exchange(dist.group.WORLD)
+        ours = PeerCopies(dist.group.WORLD, GPUs(dist.group.WORLD))
+        torch.manual_seed(rank)
+        # The last two are cut into pieces, the last into more than there are slots.
+        for tokens in (1, 7, 4096, 5000, 20000):
+            x, parts = (torch.randn(n * tokens, 2048, device=device, dtype=torch.bfloat16) for n in (1, 2))
+            found = [[(torch.empty_like(parts), torch.empty_like(x)) for _ in range(3)] for _ in range(2)]
+
+            def exchange(way, results, x=x, parts=parts):
+                waits = [way.all_gather(whole, x) for whole, _ in results]
+                x @ x.t()[:, :256]
+                for number, (_, total) in enumerate(results, 1):
+                    fill = lambda tokens, part: torch.mul(parts[tokens], number, out=part)  # noqa: B023, E731
+                    waits.append(way.reduce_scatter(total, fill, number == len(results)))
+                for wait in waits:
+                    wait()
+
+            exchange(theirs, found[0])
+            exchange(ours, found[1])
+            same += [torch.equal(a, b) for pair in zip(*found, strict=True) for a, b in zip(*pair, strict=True)]
+            recorder = CudaRecorder(device)
+            replay = recorder.record(lambda: exchange(ours, found[1]) or x)  # noqa: B023
+            for _ in range(3):
+                x.normal_()
+                parts.normal_()
+                for tensor in (t for pair in found[1] for t in pair):
+                    tensor.fill_(float("nan"))
+                replay()
+                exchange(theirs, found[0])
+                same += [torch.equal(a, b) for pair in zip(*found, strict=True) for a, b in zip(*pair, strict=True)]
+            torch.cuda.synchronize()
+            del replay, recorder
+    return same
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
+@pytest.mark.timeout(120)
+def test_rows_arrive_by_copy_engines(tmp_path):
+    for same in run_distributed(exchange_and_compare, 2, tmp_path, join=False):
+        assert len(same) == 5 * 4 * 6
+        assert all(same)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
+@pytest.mark.timeout(240)
+def test_copy_engines_give_the_bits_of_collectives(tmp_path):
+    ranks = run_distributed(train_copied, 2, tmp_path, COPIED, join=False, timeout=220)
+    assert ranks == [{f"{case} {graphs}": [] for case in COPIED for graphs in (False, True)}] * 2

@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 from distributed import run_distributed
 
-from longscan.parallel.products import project, sum_products
+from longscan.parallel.products import Exchange, project, sum_products
 
 TOKENS, WIDTH = 6, 5
 
@@ -17,7 +17,7 @@ def drawn(*shape, seed=0):
 def compare(divided, rows):
     """The largest error of outputs and gradients of a pair of products, biased and not, against the plain products."""
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    group = dist.group.WORLD
+    exchange = Exchange(dist.group.WORLD)
     x, dy = drawn(rows, TOKENS, WIDTH), drawn(rows, TOKENS, WIDTH, seed=1)
     plain = [
         [drawn(size * n, WIDTH, seed=n), drawn(size * n, seed=10 + n), drawn(WIDTH, size * n, seed=20 + n)]
@@ -35,8 +35,8 @@ def compare(divided, rows):
     mine = x.detach().chunk(size, dim=1)[rank] if divided else x.detach()
     here = [mine.clone().requires_grad_(), *(t.requires_grad_() for three in own for t in three)]
     # The first has no bias; a biased one and one without go together.
-    hidden = project(here[0], [(own[0][0], None), (own[1][0], own[1][1])], group, divided)
-    found = sum(sum_products(h, three[2], group, divided) for h, three in zip(hidden, own, strict=True))
+    hidden = project(here[0], [(own[0][0], None), (own[1][0], own[1][1])], exchange, divided)
+    found = sum(sum_products(h, three[2], exchange, divided) for h, three in zip(hidden, own, strict=True))
     upstream = dy.chunk(size, dim=1)[rank] if divided else dy
     ours = torch.autograd.grad(found, here, upstream, allow_unused=True)
     cut = [lambda t: t.chunk(size, dim=1)[rank] if divided else t]
@@ -56,11 +56,11 @@ def test_they_are_the_plain_products(size, divided, rows):
 
 def frozen():
     """Which gradients come where only x, or only the bias, is trained."""
-    group, found = dist.group.WORLD, []
+    exchange, found = Exchange(dist.group.WORLD), []
     for trained in (0, 2):
         tensors = [drawn(2, TOKENS, WIDTH), drawn(4, WIDTH), drawn(4)]
         tensors[trained].requires_grad_()
-        (y,) = project(tensors[0], [(tensors[1], tensors[2])], group, True)
+        (y,) = project(tensors[0], [(tensors[1], tensors[2])], exchange, True)
         y.sum().backward()
         found.append([t.grad is not None for t in tensors])
     return found
@@ -68,14 +68,14 @@ def frozen():
 
 def kept():
     """Bytes that both products keep for the backward pass where weights are trained, and where only x is."""
-    group, found = dist.group.WORLD, []
+    exchange, found = Exchange(dist.group.WORLD), []
     for trained in (True, False):
         x = drawn(2, TOKENS, WIDTH).requires_grad_()
         up, down = (drawn(*shape).requires_grad_(trained) for shape in ((4, WIDTH), (WIDTH, 4)))
         packed = []
         pack = lambda t, to=packed: to.append(t.nbytes) or t  # noqa: E731
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            sum_products(project(x, [(up, None)], group, True)[0], down, group, True)
+            sum_products(project(x, [(up, None)], exchange, True)[0], down, exchange, True)
         found.append(sum(packed) - up.nbytes - down.nbytes)
     return found
 

@@ -1,0 +1,130 @@
+"""Copies between peers by flags in shared memory of the host; on GPUs: `test_gpu.py`."""
+
+import os
+import struct
+import time
+from contextlib import nullcontext
+from dataclasses import replace
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+from distributed import run_distributed
+from matrix import LAYOUTS, train
+
+from longscan.errors import ConfigError
+from longscan.parallel import ParallelDims, peers, tensor
+from longscan.parallel.peers import PeerCopies
+from longscan.parallel.products import Exchange
+
+
+class Files:
+    """Peers whose boxes are files that every rank maps; all is done at once, in the order of the calls."""
+
+    def __init__(self, folder):
+        self.rank, size = dist.get_rank(), dist.get_world_size()
+        bytes_ = peers.box_bytes(size)
+        self.boxes = [torch.from_file(f"{folder}/{r}", True, bytes_, dtype=torch.uint8) for r in range(size)]
+        self.boxes[self.rank].zero_()
+        self.views = [memoryview(box.numpy()) for box in self.boxes]
+        self.given = 0
+        dist.barrier()
+
+    def sending(self):
+        return nullcontext()
+
+    receiving = sending
+
+    def done(self):
+        return lambda: None
+
+    def take(self, place):
+        end = time.monotonic() + 30
+        while struct.unpack_from("i", self.views[self.rank], place) != (1,):
+            assert time.monotonic() < end, f"nobody gave {place}"
+            time.sleep(0)
+        struct.pack_into("i", self.views[self.rank], place, 0)
+
+    def give(self, rank, place):
+        assert struct.unpack_from("i", self.views[rank], place) == (0,), f"{place} was given twice"
+        struct.pack_into("i", self.views[rank], place, 1)
+        self.given += 1
+
+
+def compare(folder, slot_bytes):
+    """Whether gathers and sums by copies have the bits of collectives, for rows of several lengths and dtypes."""
+    peers.SLOT_BYTES = slot_bytes
+    size, rank = dist.get_world_size(), dist.get_rank()
+    files = Files(folder)
+    begun = files.given
+    ours, theirs = PeerCopies(dist.group.WORLD, files), Exchange(dist.group.WORLD)
+    assert files.given - begun == peers.SLOTS * (size - 1)
+    torch.manual_seed(rank)
+    same = []
+    for tokens, dtype in [(1, torch.float32), (7, torch.bfloat16), (64, torch.float64), (33, torch.bfloat16)] * 2:
+        x, parts = torch.randn(tokens, 4).to(dtype), torch.randint(-9, 9, (size * tokens, 4)).to(dtype)
+        found = [(x.new_empty(size * tokens, 4), x.new_empty(tokens, 4)) for _ in range(2)]
+        for exchange, (whole, total) in zip((ours, theirs), found, strict=True):
+            exchange.all_gather(whole, x)()
+            written = []
+
+            def fill(tokens, part, parts=parts, written=written):
+                part.copy_(parts[tokens])
+                written += range(*tokens.indices(len(parts)))
+
+            exchange.reduce_scatter(total, fill, last=bool(tokens % 2))()
+            assert sorted(written) == list(range(len(parts)))
+        same += [torch.equal(*pair) for pair in zip(*found, strict=True)]
+    # Whatever was full is free again.
+    dist.barrier()
+    flags = files.boxes[rank][peers.SLOTS * slot_bytes :].view(torch.int32).view(2, peers.SLOTS, size)
+    others = torch.arange(size) != rank
+    same += [not flags[0].any(), bool(flags[1][:, others].all()), not flags[1][:, rank].any()]
+    # The parts are of whole numbers, so that other orders of summation give the same.
+    return same
+
+
+@pytest.mark.parametrize("slot_bytes", [1024, 1 << 20])
+@pytest.mark.parametrize("size", [2, 3])
+def test_copies_between_peers_are_the_collectives(tmp_path, size, slot_bytes):
+    for same in run_distributed(compare, size, tmp_path, slot_bytes):
+        assert all(same), same
+
+
+def train_copied(folder, families):
+    """What copies change in a training."""
+    found = {}
+    for family in families:
+        dims, options = LAYOUTS["tp2-sp-selective"]
+        with patch.object(tensor, "GPUs", lambda group: Files(folder)):
+            copied = train(family, True, replace(dims, copy_engines=True), **options)
+        plain = train(family, True, dims, **options)
+        found[family] = [name for name in plain if not torch.equal(plain[name], copied[name])]
+    return found
+
+
+@pytest.mark.timeout(120)
+def test_a_model_trains_by_copies_bit_for_bit(tmp_path):
+    families = ["griffin", "based"]
+    ranks = run_distributed(train_copied, 2, tmp_path, families, preload=["longscan.parallel.tensor"])
+    assert ranks == [{family: [] for family in families}] * 2
+
+
+def too_long(folder):
+    """What a token that fits no slot gives."""
+    peers.SLOT_BYTES = 1024
+    exchange = PeerCopies(dist.group.WORLD, Files(folder))
+    with pytest.raises(AssertionError, match="a token of 200 numbers does not fit a slot's 512 bytes"):
+        exchange.all_gather(torch.zeros(4, 200), torch.zeros(2, 200))
+    return os.environ["RANK"]
+
+
+def test_a_token_must_fit_a_slot(tmp_path):
+    assert run_distributed(too_long, 2, tmp_path) == ["0", "1"]
+
+
+def test_copy_engines_need_rows_that_are_divided():
+    with pytest.raises(ConfigError, match=r"copy_engines needs parallel.sequence_parallel, which is false"):
+        ParallelDims(tensor=2, copy_engines=True).validate(2)
+    ParallelDims(tensor=2, copy_engines=True, sequence_parallel=True).validate(2)
