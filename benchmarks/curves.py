@@ -7,15 +7,18 @@ order of the micro-batches alone may change no bit: in fp32 the sum of four bf16
 
 from __future__ import annotations
 
+import argparse
 import functools
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from longscan.durable import write_durably
 from longscan.models.config import config_from_mapping, load_preset
 from longscan.parallel import Engine, OptimizerOptions, ParallelDims, make_model
 from longscan.parallel.plan import Load
@@ -52,6 +55,17 @@ FULL = Scale(
 TINY = Scale({"griffin-tiny": 3}, rows=1, tokens=16, steps=3, orders=2, precision="fp32")
 
 
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the choice of families."""
+    parser.add_argument("--families", nargs="+", default=[], help="curves: presets to train; by default all")
+
+
+def scale_of(tiny: bool, families: Sequence[str] = ()) -> Scale:
+    """The scale, of those families if any are named."""
+    scale = TINY if tiny else FULL
+    return replace(scale, families={name: scale.families[name] for name in families or scale.families})
+
+
 def layouts(size: int) -> dict[str, ParallelDims]:
     """Each axis alone over `size` ranks."""
     return {
@@ -64,23 +78,21 @@ def layouts(size: int) -> dict[str, ParallelDims]:
 
 def train_all(place: Place, scale: Scale) -> None:
     """Trains every family under every layout, records how far curves lie apart, and saves them."""
-    found: dict[str, dict[str, list[list[float]]]] = {}
     for family in scale.families:
         mine = range(place.rank, scale.orders, place.size)
         with place.alone():
             curves = {order: curve(place, scale, load_of(scale, family, ParallelDims(zero=0)), order) for order in mine}
         (place.folder / f"{family}-{place.rank}.json").write_text(json.dumps(list(curves.values())))
-        found[family] = {}
+        found: dict[str, list[list[float]]] = {}
         for layout, dims in layouts(place.size).items():
             with place.together(f"{family} {layout}"):
-                found[family][layout] = [curve(place, scale, load_of(scale, family, dims))]
+                found[layout] = [curve(place, scale, load_of(scale, family, dims))]
                 dist.barrier()
         if place.rank == 0:
             files = sorted(place.folder.glob(f"{family}-*.json"))
-            found[family]["one GPU"] = [c for file in files for c in json.loads(file.read_text())]
-            note(place, family, found[family])
-    if place.rank == 0:
-        save(place, found)
+            found["one GPU"] = [c for file in files for c in json.loads(file.read_text())]
+            note(place, family, found)
+            save(place, family, found)
 
 
 def load_of(scale: Scale, family: str, dims: ParallelDims) -> Load:
@@ -133,13 +145,12 @@ def note(place: Place, family: str, curves: dict[str, list[list[float]]]) -> Non
         place.note(work, f"farthest from one GPU's losses, {layout}", apart, "nats", band)
 
 
-def save(place: Place, found: dict[str, dict[str, list[list[float]]]]) -> None:
-    """Writes the curves beside the results."""
+def save(place: Place, family: str, found: dict[str, list[list[float]]]) -> None:
+    """Writes the family's curves beside the results; those of other families stay."""
     device = (
         torch.cuda.get_device_name().replace("NVIDIA", "").split()[0].lower() if place.device.type == "cuda" else "cpu"
     )
-    rounded = {
-        family: {layout: [[round(loss, 5) for loss in losses] for losses in curves] for layout, curves in runs.items()}
-        for family, runs in found.items()
-    }
-    Path(recording.RESULTS, f"curves-{device}.json").write_text(json.dumps(rounded) + "\n")
+    file = Path(recording.RESULTS, f"curves-{device}.json")
+    saved = json.loads(file.read_text()) if file.exists() else {}
+    saved[family] = {layout: [[round(loss, 5) for loss in losses] for losses in runs] for layout, runs in found.items()}
+    write_durably(file, (json.dumps(saved) + "\n").encode())

@@ -7,11 +7,16 @@ Each work has processes of its own, so one that fails takes none with it, and wo
 - cp: forward and backward of a stack of blocks, one row over the GPUs; gradients of weights are not summed.
 - exchanges: the bytes a block receives under context parallelism, and the share of a step that exchanges cost: the
   step less one whose exchanges return at once.
-- tp: the same as cp with tensor and sequence parallelism.
+- tp: the same as cp with tensor and sequence parallelism; eagerly, as one CUDA graph of the stack on either side, for
+  in short rows the host is slower than the GPU, and, which is promised, with rows that travel by copy engines.
 - zero: whole steps, update included, of replicas under ZeRO 1, against ZeRO 0 on one GPU.
-- steps: whole steps under context and under tensor parallelism. With those of zero the simulator is compared.
-- curves: losses of 50 steps by every axis, within the band of one GPU's under other orders of micro-batches.
+- steps: whole steps under context and under tensor parallelism, these eagerly, and with CUDA graphs and copy engines.
+  With those of zero the simulator is compared.
+- curves: losses of 50 steps by every axis, within the band of one GPU's under other orders of micro-batches; of some
+  `--families` alone.
 - longest: the longest row that trains.
+
+Without GPUs there are no CUDA graphs: only what runs eagerly is recorded.
 """
 
 from __future__ import annotations
@@ -21,7 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -29,6 +34,8 @@ import torch.distributed as dist
 
 from longscan.models.config import config_from_mapping, load_preset
 from longscan.parallel import ParallelDims
+from longscan.parallel.graphs import CudaRecorder, Recorder, Work
+from longscan.parallel.plan.recorded import GRAPHED
 
 from . import curves, longest, steps
 from . import record as recording
@@ -97,21 +104,59 @@ def tp(place: Place, scale: Scale) -> None:
     with place.together("tp"):
         for rows, tokens in scale.tensor_rows:
             shape = Shape(scale.preset, range(scale.stacks[scale.preset]), rows, tokens)
-            compare_stacks(place, shape, dims, "tensor", 1.7)
+            recorder = CudaRecorder(place.device) if has_graphs(place) else None
+            compare_stacks(place, shape, dims, "tensor", 1.7, recorder)
 
 
-def compare_stacks(place: Place, shape: Shape, dims: ParallelDims, axis: str, floor: float) -> None:
-    """Records forward and backward on one GPU, the mean of what each takes by itself, and on all; the fastest turns."""
+def has_graphs(place: Place) -> bool:
+    """Whether CUDA graphs are measured; a CPU has none."""
+    return place.device.type == "cuda"
+
+
+def has_copy_engines(place: Place, dims: ParallelDims) -> bool:
+    """Whether the ranks' rows can travel by copy engines."""
+    return place.device.type == "cuda" and dims.sequence_parallel
+
+
+def compare_stacks(
+    place: Place, shape: Shape, dims: ParallelDims, axis: str, floor: float, recorder: Recorder | None = None
+) -> None:
+    """Records forward and backward on one GPU, the mean of what each takes by itself, and on all; the fastest turns.
+
+    With a recorder eagerly and as CUDA graphs, of which the floor is promised then.
+    """
     alone, shared = Stack(shape, ALONE, place.device), Stack(shape, dims, place.device)
+    layout = f"{axis}={place.size}"
+    ways = [("", layout, alone.step, shared.step)]
+    if recorder is not None:
+        one, many = record_all(recorder, alone.step, shared.step)
+        ways.append(("CUDA graph", layout, one, many))
+        if has_copy_engines(place, dims):
+            copied = Stack(shape, replace(dims, copy_engines=True), place.device)
+            ways.append(("CUDA graph", f"{layout} copy_engines", one, *record_all(recorder, copied.step)))
     # In turns, for a GPU's clock changes as it warms.
     turns = [
-        (seconds(alone.step, place.device, together=False), seconds(shared.step, place.device)) for _ in range(TURNS)
+        [(seconds(one, place.device, together=False), seconds(many, place.device)) for _, _, one, many in ways]
+        for _ in range(TURNS)
     ]
-    one, many = (min(taken) for taken in zip(*turns, strict=True))
-    layout = f"{axis}={place.size}"
-    place.note(shape.name, "fwd+bwd, one GPU", one * 1e3, "ms")
-    place.note(shape.name, f"fwd+bwd, {layout}", many * 1e3, "ms")
-    place.note(shape.name, f"speed-up, {layout}", one / many, "x one GPU", floor if place.size == 2 else None)
+    for (way, layout, *_), taken in zip(ways, zip(*turns, strict=True), strict=True):
+        one, many = (min(times) for times in zip(*taken, strict=True))
+        promised = place.size == 2 and layout == ways[-1][1] and way == ways[-1][0]
+        place.note(shape.name, named("fwd+bwd", way, "one GPU"), one * 1e3, "ms")
+        place.note(shape.name, named("fwd+bwd", way, layout), many * 1e3, "ms")
+        place.note(shape.name, named("speed-up", way, layout), one / many, "x one GPU", floor if promised else None)
+
+
+def record_all(recorder: Recorder, *works: Work) -> list[Work]:
+    """Graphs that share one pool, for each is done with its memory before another begins."""
+    for work in works:
+        recorder.run(work)
+    return [recorder.record(work) for work in works]
+
+
+def named(*parts: str) -> str:
+    """A metric of its parts, without those that are empty."""
+    return ", ".join(filter(None, parts))
 
 
 def exchanges(place: Place, scale: Scale) -> None:
@@ -184,20 +229,29 @@ def compare_steps(
     axis: str,
     floor: float | None = None,
 ) -> None:
-    """Records tokens a second on one GPU and on all; every GPU takes the first measurement, its mean counts."""
-    one, many = load_of(preset, ALONE, *sizes), load_of(preset, dims, *sizes)
-    with place.alone():
-        taken, peak = steps.train(one, place.device)
-    with place.together(f"steps {axis}"):
-        taken = mean_over_ranks(taken, place.device)
-        shared = steps.train(many, place.device)
-    if place.rank == 0:
-        steps.note(preset, one, taken, peak)
-        steps.note(preset, many, *shared)
+    """Records tokens a second on one GPU and on all; every GPU takes the first measurement, its mean counts.
+
+    Eagerly and, without ZeRO, with CUDA graphs and copy engines.
+    """
+    one = load_of(preset, ALONE, *sizes)
     rows = f"{preset}, whole steps of {one.micro_batches} x {one.micro_rows} x {one.seq_len} tokens a replica"
-    gain = tokens_of(many) / shared[0] / (tokens_of(one) / taken)
     floor = floor if place.size == 2 else None
-    place.note(rows, f"speed-up, {axis}={place.size} zero={dims.zero}", gain, "x one GPU", floor)
+    for graphs in (False, True) if dims.zero == 0 and has_graphs(place) else (False,):
+        if graphs and has_copy_engines(place, dims):
+            dims = replace(dims, copy_engines=True)
+        many = load_of(preset, dims, *sizes)
+        with place.alone():
+            taken, peak = steps.train(one, place.device, cuda_graphs=graphs)
+        with place.together(f"steps {axis} graphs={graphs}"):
+            taken = mean_over_ranks(taken, place.device)
+            shared = steps.train(many, place.device, cuda_graphs=graphs)
+        if place.rank == 0:
+            impl = GRAPHED if graphs else "longscan"
+            steps.note(preset, one, taken, peak, impl)
+            steps.note(preset, many, *shared, impl)
+        gain = tokens_of(many) / shared[0] / (tokens_of(one) / taken)
+        metric = named("speed-up", "CUDA graph" if graphs else "", f"{axis}={place.size} zero={dims.zero}")
+        place.note(rows, metric, gain, "x one GPU", floor)
 
 
 WORKS: dict[str, Callable[[Place, Scale], None]] = {
@@ -219,7 +273,7 @@ def run_rank(options: argparse.Namespace) -> None:
     recording.RESULTS = Path(options.results)
     (work,) = options.works
     if work == "curves":
-        curves.train_all(place, curves.TINY if options.tiny else curves.FULL)
+        curves.train_all(place, curves.scale_of(options.tiny, options.families))
     elif work == "longest":
         longest.climb(place, longest.TINY if options.tiny else longest.FULL, options)
     else:
@@ -234,11 +288,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--patience", type=float, default=300.0, help="seconds after which a work is given up")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, to see that all works run")
     parser.add_argument("--results", default=str(recording.RESULTS), help="where figures are recorded")
+    curves.add_options(parser)
     longest.add_options(parser)
     parser.add_argument("--place", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if unknown := set(options.works) - set(NAMES):
         parser.error(f"unknown works {', '.join(sorted(unknown))}; known: {', '.join(NAMES)}")
+    if unknown := set(options.families) - set(families := curves.scale_of(options.tiny).families):
+        parser.error(f"unknown families {', '.join(sorted(unknown))}; known: {', '.join(families)}")
     return options
 
 
@@ -251,6 +308,7 @@ def main() -> None:
     gpus = options.gpus.split(",") if torch.cuda.is_available() else []
     module, failed = str(__spec__.name), []
     shared = [f"--results={options.results}", *(["--tiny"] if options.tiny else [])]
+    shared += ["--families", *options.families] if options.families else []
     for work in options.works:
         began = time.perf_counter()
         if work == "longest":

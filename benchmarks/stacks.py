@@ -82,10 +82,15 @@ class Stack:
         """The hidden states after the blocks."""
         return self.loss(self.batch, self.layers, self.x)
 
-    def step(self) -> None:
-        """Forward and backward."""
-        self.forward().backward(self.gradient)
+    def step(self) -> Tensor:
+        """Forward and backward; the hidden states after the blocks.
+
+        No gradient is there before or after, so that in a CUDA graph each repeat writes them anew, and adds to none.
+        """
+        y = self.forward()
+        y.backward(self.gradient)
         self.forget()
+        return y.detach()
 
     def forget(self) -> None:
         """Drops the gradients."""

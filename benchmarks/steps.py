@@ -23,7 +23,7 @@ from longscan.kernels import Segments
 from longscan.models.config import config_from_mapping, load_preset
 from longscan.parallel import Engine, OptimizerOptions, ParallelDims, make_model, process_group
 from longscan.parallel.plan import GPUS, Cluster, Load, errors, measured_ratios, memory, work_name
-from longscan.parallel.plan.recorded import RATE_METRIC
+from longscan.parallel.plan.recorded import GRAPHED, RATE_METRIC
 
 from . import record as recording
 from .ranks import seconds, settle
@@ -55,15 +55,15 @@ def fill(model: nn.Module) -> None:
 
 
 @contextmanager
-def engine_of(load: Load, device: torch.device, compile: bool = False) -> Iterator[Engine]:
-    """An engine with the load's model, its blocks compiled or not."""
+def engine_of(load: Load, device: torch.device, compile: bool = False, cuda_graphs: bool = False) -> Iterator[Engine]:
+    """An engine with the load's model, its blocks compiled or not, its micro-batches CUDA graphs or not."""
     release(device)
     # The ranks of a replica read the same rows.
     torch.manual_seed(0)
     with torch.device(device):
         model = make_model(load.model, load.dims, compile, activation_checkpoint=load.checkpointing)
     fill(model)
-    engine = Engine(model, load.dims, OptimizerOptions(), load.precision, device)
+    engine = Engine(model, load.dims, OptimizerOptions(), load.precision, device, cuda_graphs)
     del model
     try:
         yield engine
@@ -90,9 +90,9 @@ def take_step(engine: Engine, load: Load, batches: list[Batch]) -> None:
     engine.update(1e-4)
 
 
-def train(load: Load, device: torch.device, compile: bool = False) -> tuple[float, float]:
-    """(seconds a step, the slowest rank's; GiB at the peak on this rank), inside the process group."""
-    with engine_of(load, device, compile) as engine:
+def train(load: Load, device: torch.device, compile: bool = False, cuda_graphs: bool = False) -> tuple[float, float]:
+    """(seconds a step, the slowest rank's; GiB of tensors at the peak on this rank), inside the process group."""
+    with engine_of(load, device, compile, cuda_graphs) as engine:
         batches = [batch_of(load) for _ in range(load.micro_batches)]
         release(device)
         taken = seconds(lambda: take_step(engine, load, batches), device)
@@ -101,9 +101,11 @@ def train(load: Load, device: torch.device, compile: bool = False) -> tuple[floa
 
 
 def note(preset: str, load: Load, taken: float, peak: float, impl: str = "longscan") -> None:
-    """Records speed and peak memory, the planned one beside it."""
+    """Records speed and peak memory, the planned one beside it; of CUDA graphs, whose memory no tensor holds, speed."""
     work = work_name(preset, load)
     record("steps", work, impl, RATE_METRIC, tokens_of(load) / taken, "/s")
+    if impl == GRAPHED:
+        return
     record("steps", work, impl, "peak memory", peak, "GiB")
     record("steps", work, "longscan plan", "peak memory", memory(load).total / 2**30, "GiB")
 

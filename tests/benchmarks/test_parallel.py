@@ -6,12 +6,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from longscan.benchmarks import longest, parallel, report, stacks, steps
+from longscan.benchmarks import curves, longest, parallel, ranks, record, report, stacks, steps
 from longscan.benchmarks.longest import longer
-from longscan.benchmarks.ranks import OUT_OF_MEMORY, run_ranks
-from longscan.parallel import ParallelDims
+from longscan.benchmarks.ranks import OUT_OF_MEMORY, Place, run_ranks
+from longscan.parallel import ParallelDims, graphs
 from longscan.parallel.plan import load_named, work_name
+from longscan.parallel.plan.recorded import GRAPHED
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "parallel"))
 
@@ -21,13 +23,37 @@ PRELOAD, ENV = ["longscan.parallel.tensor", "deepspeed", "longscan.benchmarks.pa
 TWO = "context=2"
 
 
+class Repeating:
+    """Stands in for CUDA graphs: it does the work again."""
+
+    def __init__(self, device=None):
+        self.ran = self.recorded = self.replayed = 0
+
+    def run(self, work):
+        self.ran += 1
+        return work()
+
+    def record(self, work):
+        assert self.ran > self.recorded, "work must have run on the stream that it is recorded on"
+        self.recorded += 1
+
+        def replay():
+            self.replayed += 1
+            return work()
+
+        return replay
+
+    def forget(self):
+        pass
+
+
 def run_works(folder):
-    """Every work as one of two ranks, on the CPU."""
+    """Every work as one of two ranks, on the CPU with what stands in for CUDA graphs."""
     import os
 
-    from longscan.benchmarks import parallel, ranks
-
     ranks.WARM, ranks.REPEAT = 0, 1
+    parallel.has_graphs = lambda place: True
+    parallel.CudaRecorder = graphs.CudaRecorder = Repeating
     rank = os.environ["RANK"]
     for work in parallel.NAMES:
         place = Path(folder, work)
@@ -55,8 +81,12 @@ def test_every_work_records_its_figures(figures):
     assert gain == pytest.approx(one / many, rel=1e-4)
     assert ("based-tiny blocks 0 to 2, 1 x 128 tokens, recompute selective", f"speed-up, {TWO}") in found
     assert (stack, f"exchanges not hidden, {TWO}") in found
-    assert ("griffin-tiny blocks 0 to 2, 2 x 64 tokens", "speed-up, tensor=2") in found
-    for name in ("data=2 zero=1", "context=2 zero=1", "tensor=2 zero=0"):
+    stack = "griffin-tiny blocks 0 to 2, 2 x 64 tokens"
+    assert {metric for work, metric in found if work == stack} == {
+        *("fwd+bwd, one GPU", "fwd+bwd, tensor=2", "speed-up, tensor=2"),
+        *("fwd+bwd, CUDA graph, one GPU", "fwd+bwd, CUDA graph, tensor=2", "speed-up, CUDA graph, tensor=2"),
+    }
+    for name in ("data=2 zero=1", "context=2 zero=1", "tensor=2 zero=0", "CUDA graph, tensor=2 zero=0"):
         assert sum(metric == f"speed-up, {name}" for _, metric in found) == 1
     rows = [value for (_, metric), value in found.items() if metric == "tokens, 2 GPUs"]
     assert rows
@@ -102,11 +132,92 @@ def test_the_simulator_knows_the_recorded_steps(figures):
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
+def test_whole_steps_with_cuda_graphs_are_recorded_beside_the_eager_ones(figures):
+    lines = [json.loads(line) for line in (figures[1] / "steps-cpu.jsonl").read_text().splitlines()]
+    graphed = [line for line in lines if line["impl"] == GRAPHED]
+    assert [load_named(line["work"]).dims.tensor for line in graphed] == [1, 2]
+    assert {line["metric"] for line in graphed} == {"tokens per second"}
+    assert {line["work"] for line in graphed} < {line["work"] for line in lines if line["impl"] == "longscan"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_the_page_shows_them(figures, monkeypatch):
     from longscan.benchmarks import figures as recorded
 
     monkeypatch.setattr(recorded, "RESULTS", figures[1])
     assert f"| griffin-tiny blocks 0 to 2, 1 x 64 tokens | longscan | speed-up, {TWO} |" in report.page()
+
+
+@pytest.fixture
+def recorded(tmp_path, monkeypatch):
+    """What was recorded so far, by metric."""
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(ranks, "WARM", 0)
+
+    def read():
+        lines = [json.loads(line) for line in (tmp_path / "parallel-cpu.jsonl").read_text().splitlines()]
+        return {line["metric"]: line for line in lines}
+
+    return read
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_a_stack_is_promised_to_gain_by_its_last_way_to_run(graphs, tmp_path, recorded):
+    # One rank of two, whose other half is left out.
+    place, shape = Place(0, 2, tmp_path), stacks.Shape("griffin-tiny", range(2), 1, 16)
+    recorder = Repeating() if graphs else None
+    with place.alone():
+        parallel.compare_stacks(place, shape, parallel.ALONE, "tensor", 1.7, recorder)
+    found = recorded()
+    promises = {metric: line["floor"] for metric, line in found.items() if metric.startswith("speed-up")}
+    if recorder is None:
+        assert promises == {"speed-up, tensor=2": 1.7}
+        assert len(found) == 3
+        return
+    assert promises == {"speed-up, tensor=2": None, "speed-up, CUDA graph, tensor=2": 1.7}
+    one, many = (found[f"fwd+bwd, CUDA graph, {side}"]["value"] for side in ("one GPU", "tensor=2"))
+    assert found["speed-up, CUDA graph, tensor=2"]["value"] == pytest.approx(one / many, rel=1e-4)
+    assert (recorder.ran, recorder.recorded) == (2, 2)
+    assert recorder.replayed == 2 * parallel.TURNS * ranks.REPEAT
+
+
+def test_a_step_of_a_stack_can_be_repeated(tmp_path):
+    with Place(0, 1, tmp_path).alone():
+        stack = stacks.Stack(stacks.Shape("griffin-tiny", range(2), 1, 16), parallel.ALONE, torch.device("cpu"))
+        assert torch.equal(stack.step(), stack.step())
+    assert all(leaf.grad is None for leaf in (stack.x, *stack.loss.parameters()))
+
+
+def test_a_cpu_has_no_graphs(tmp_path, recorded):
+    assert not parallel.has_graphs(Place(0, 2, tmp_path))
+
+
+def test_families_are_trained_alone_and_leave_the_curves_of_others(tmp_path, recorded):
+    assert list(curves.scale_of(False).families) == list(curves.FULL.families)
+    assert curves.scale_of(False, ["linearized-small"]).families == {"linearized-small": 2}
+    place = Place(0, 2, tmp_path)
+    for family, loss in (("a", 1.0), ("b", 2.0), ("a", 3.0000001)):
+        curves.save(place, family, {"one GPU": [[loss, loss]]})
+    saved = json.loads((tmp_path / "curves-cpu.json").read_text())
+    assert saved == {"a": {"one GPU": [[3.0, 3.0]]}, "b": {"one GPU": [[2.0, 2.0]]}}
+
+
+@pytest.mark.parametrize(("tiny", "family", "known"), [(["--tiny"], "griffin-tiny", True), ([], "griffin-tiny", False)])
+def test_families_reach_the_ranks(monkeypatch, tmp_path, capsys, tiny, family, known):
+    seen = []
+    monkeypatch.setattr(parallel, "run_ranks", lambda module, arguments, *_: seen.append(arguments) or 0)
+    monkeypatch.setattr(sys, "argv", ["parallel", "curves", "--families", family, *tiny, f"--results={tmp_path}"])
+    with pytest.raises(SystemExit) as ended:
+        parallel.main()
+    if known:
+        monkeypatch.setattr(sys, "argv", ["parallel", *seen[0], "--place=0:2:folder"])
+        assert parallel.parse().families == [family]
+        assert ended.value.code == 0
+    else:
+        assert not seen
+        assert "unknown families griffin-tiny; known: griffin-small" in capsys.readouterr().err
 
 
 def test_a_work_with_sequence_parallel_is_found_by_its_name():
