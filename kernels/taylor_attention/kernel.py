@@ -191,7 +191,7 @@ def _block(width: int) -> int:
     return max(16, next_power_of_2(width))
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache
 def _tables(key_dim: int, padded: int, scale: float, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """([2, F_PADDED, BLOCK_K] 0/1 matrices, the entries whose product a feature is; [F_PADDED] coefficients)."""
     entries = torch.stack(monomials(key_dim, device))
@@ -201,7 +201,7 @@ def _tables(key_dim: int, padded: int, scale: float, dtype: torch.dtype, device:
     return pad(choice, [0, _block(key_dim) - key_dim, 0, beyond]).contiguous(), pad(weights, [0, beyond])
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache
 def _entry_table(key_dim: int, device: torch.device) -> Tensor:
     """int32 [2, F]: the two entries of [x, 1] whose product a feature is."""
     return torch.stack(monomials(key_dim, device)).to(torch.int32)
