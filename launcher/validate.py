@@ -267,6 +267,8 @@ def _run_problems(config: Config) -> Iterator[str]:
         yield f"run.compile is true and there is no C++ compiler {compiler} here; install it, or name another by CXX"
     if config.run.cuda_graphs:
         yield from _graph_problems(config)
+    if config.parallel.copy_engines and config.run.device == "cpu":
+        yield "parallel.copy_engines is true and run.device is cpu, which has none; set parallel.copy_engines=false"
     ratio = config.run.max_loss_ratio
     if 0 < ratio <= 1:
         yield f"run.max_loss_ratio is {ratio}; it must be above 1, or 0 to switch it off"

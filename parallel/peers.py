@@ -163,10 +163,12 @@ class GPUs:
     """The current GPUs of a group's ranks, on one node and connected: PyTorch's symmetric memory; collective.
 
     Raises:
-        ConfigError: the GPUs cannot write each other's memory.
+        ConfigError: there is no GPU, or the GPUs cannot write each other's memory.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
+        if not torch.cuda.is_available():
+            raise ConfigError("parallel.copy_engines is true and there is no GPU here; set parallel.copy_engines=false")
         import torch.distributed._symmetric_memory as symmetric
 
         device = torch.device("cuda", torch.cuda.current_device())

@@ -127,3 +127,10 @@ def test_a_gpu_takes_cuda_graphs(tiny):
     config = tiny()
     config.run.cuda_graphs, config.run.device, config.parallel.zero = True, "auto", 0
     validate(config)
+
+
+def test_copy_engines_are_refused_on_cpus(command):
+    layout = ["parallel.tensor=2", "parallel.sequence_parallel=true", "parallel.copy_engines=true", "run.workers=2"]
+    code, error = command("train", layout, 2)
+    assert code == 2
+    assert "parallel.copy_engines is true and run.device is cpu, which has none" in error

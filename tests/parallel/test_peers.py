@@ -124,6 +124,12 @@ def test_a_token_must_fit_a_slot(tmp_path):
     assert run_distributed(too_long, 2, tmp_path) == ["0", "1"]
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_without_a_gpu_it_says_what_to_set():
+    with pytest.raises(ConfigError, match="there is no GPU here; set parallel.copy_engines=false"):
+        peers.GPUs(None)
+
+
 def test_copy_engines_need_rows_that_are_divided():
     with pytest.raises(ConfigError, match=r"copy_engines needs parallel.sequence_parallel, which is false"):
         ParallelDims(tensor=2, copy_engines=True).validate(2)
