@@ -19,12 +19,13 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "models" / "convert"))
 published = pytest.importorskip("published", reason="transformers is not installed")
 from longscan.errors import ConfigError, UserError  # noqa: E402
 from longscan.kernels import Segments  # noqa: E402
-from longscan.launcher import cli, converting  # noqa: E402
+from longscan.launcher import cli  # noqa: E402
 from longscan.launcher.config import resolve  # noqa: E402
-from longscan.launcher.converting import convert  # noqa: E402
+from longscan.launcher.converting import convert, same_bits, whole_tensor  # noqa: E402
 from longscan.launcher.elastic.supervisor import train  # noqa: E402
 from longscan.launcher.trained import open_trained  # noqa: E402
 from longscan.launcher.validate import check_run, validate  # noqa: E402
+from longscan.models.convert import Entry, write_file  # noqa: E402
 from longscan.parallel import checkpoint as checkpoints  # noqa: E402
 from longscan.parallel.checkpoint.boxes import Box  # noqa: E402
 from longscan.parallel.checkpoint.manifest import Chunk, DataFile, Manifest  # noqa: E402
@@ -201,7 +202,7 @@ def weights_of(run: Path) -> dict[str, torch.Tensor]:
     folder = run / "checkpoints" / "step-0"
     checkpoints.verify(folder)
     manifest, files = checkpoints.read_manifest(folder), MappedFiles(folder)
-    return {name.removeprefix("weight/"): converting.whole_tensor(manifest, files, name) for name in manifest.tensors}
+    return {name.removeprefix("weight/"): whole_tensor(manifest, files, name) for name in manifest.tensors}
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-tied-biases"])
@@ -214,7 +215,7 @@ def test_a_twin_has_every_tensor_of_its_teacher_and_draws_its_own_from_the_seed(
         f"blocks.{n}.mixer.{own}" for n in (0, 1) for own in ("conv_weight", "global_scale", "query_map", "key_map")
     }
     assert ours.keys() == theirs.keys() | added
-    assert all(converting.same_bits(ours[name], theirs[name]) for name in theirs)
+    assert all(same_bits(ours[name], theirs[name]) for name in theirs)
     model = open_trained(tmp_path / "twin", "cpu").model
     model.init_weights(3)
     drawn = model.state_dict()
@@ -291,13 +292,13 @@ def test_tensors_are_put_together_from_boxes(tmp_path):
     for number, box in enumerate(boxes):
         rows, columns = (slice(o, o + n) for o, n in zip(box.offsets, box.sizes, strict=True))
         path = tmp_path / f"{number}.safetensors"
-        entry = converting.published.Entry("x", "F32", box.sizes)
-        written = converting.published.write_file(path, [entry], [whole[rows, columns]])
+        entry = Entry("x", "F32", box.sizes)
+        written = write_file(path, [entry], [whole[rows, columns]])
         assert load_file(path)["x"].equal(whole[rows, columns])
         assert checkpoints.manifest.checksum_of(path) == written.checksum
         files.append(DataFile(path.name, written.bytes, written.checksum, (Chunk("x", box, written.begins[0]),)))
     manifest = Manifest(0, 0, {"x": ((5, 4), "F32")}, tuple(files), {})
-    assert converting.whole_tensor(manifest, MappedFiles(tmp_path), "x").equal(whole)
+    assert whole_tensor(manifest, MappedFiles(tmp_path), "x").equal(whole)
 
 
 # Bad input
@@ -440,10 +441,10 @@ def test_a_full_disk_leaves_nothing(source, tmp_path, monkeypatch, way):
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
-@pytest.mark.parametrize("reader", ["published.Weights.read", "whole_tensor"])
+@pytest.mark.parametrize("reader", ["models.convert.Weights.read", "launcher.converting.weights.whole_tensor"])
 def test_memory_holds_one_tensor(source, tmp_path, monkeypatch, reader):
     """When a tensor is read, at most the one read before is still held."""
-    owner, _, name = f"longscan.launcher.converting.{reader}".rpartition(".")
+    owner, _, name = f"longscan.{reader}".rpartition(".")
     original, read = pkgutil.resolve_name(f"{owner}.{name}"), []
 
     def counted(*arguments):
@@ -461,7 +462,7 @@ def test_memory_holds_one_tensor(source, tmp_path, monkeypatch, reader):
 
 def test_memory_holds_one_tensor_of_a_twin_too(source, tmp_path, monkeypatch):
     """When a tensor is written, at most the one before it is still held."""
-    original, written = converting.published.write_file, []
+    written = []
 
     def watched(tensors):
         for tensor in tensors:
@@ -470,10 +471,10 @@ def test_memory_holds_one_tensor_of_a_twin_too(source, tmp_path, monkeypatch):
             yield tensor
 
     def write(path, entries, tensors, *metadata):
-        return original(path, entries, watched(tensors), *metadata)
+        return write_file(path, entries, watched(tensors), *metadata)
 
     folder = source()
-    monkeypatch.setattr(converting.published, "write_file", write)
+    monkeypatch.setattr("longscan.models.convert.write_file", write)
     made = convert(folder, tmp_path / "twin", linearized=True)
     assert made.drawn == 8 and len(written) == made.tensors
 
