@@ -8,10 +8,13 @@ does. Flags end as they began, so that a CUDA graph repeats an exchange.
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import itertools
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -39,7 +42,10 @@ class Peers(Protocol):
         ...
 
     def receiving(self) -> AbstractContextManager[None]:
-        """The same, in another order than `sending`'s."""
+        """The same, beside what is sent from now on, but after what was sent before.
+
+        A CUDA graph may put both into one queue, in any order that it knows nothing against; flags it does not know.
+        """
         ...
 
     def done(self) -> Callable[[], None]:
@@ -66,6 +72,8 @@ class PeerCopies(Exchange):
     def __init__(self, group: dist.ProcessGroup, peers: Peers) -> None:
         super().__init__(group)
         self._peers, self._slot = peers, 0
+        # What waits until a slot's last piece was taken from it here, of those that nothing asked for next waits for.
+        self._emptied: dict[int, Callable[[], None]] = {}
         self._share = SLOT_BYTES // self.size // 256 * 256
         self._others = [(self.rank + hop) % self.size for hop in range(1, self.size)]
         with peers.sending():
@@ -106,9 +114,10 @@ class PeerCopies(Exchange):
 
     def _cut(self, x: Tensor) -> list[slice]:
         """The tokens [T, ...] of x by as many as fit a slot, in even pieces."""
-        fit = self._share // (x[0].numel() * x.element_size())
-        assert fit, f"a token of {x[0].numel()} numbers does not fit a slot's {self._share} bytes"
-        count = -(-len(x) // fit)
+        width = x.shape[1:].numel()
+        fit = self._share // (width * x.element_size())
+        assert fit, f"a token of {width} numbers does not fit a slot's {self._share} bytes"
+        count = max(1, -(-len(x) // fit))
         bounds = [len(x) * piece // count for piece in range(count + 1)]
         return [slice(begin, end) for begin, end in itertools.pairwise(bounds)]
 
@@ -117,6 +126,7 @@ class PeerCopies(Exchange):
         peers, slot = self._peers, self._slot
         self._slot = (slot + 1) % SLOTS
         with peers.sending():
+            self._emptied.pop(slot, lambda: None)()
             for peer, tensor in outgoing.items():
                 peers.take(self._free(slot, peer))
                 self._room(peer, slot, self.rank, tensor).copy_(tensor)
@@ -132,6 +142,7 @@ class PeerCopies(Exchange):
             yield {peer: self._room(self.rank, slot, peer, like) for peer in sorted(self._others)}
             for peer in self._others:
                 self._peers.give(peer, self._free(slot, self.rank))
+            self._emptied[slot] = self._peers.done()
 
     def _until_done(self, *held: Tensor) -> Callable[[], None]:
         """What waits; until then the tensors are held, for the allocator sees no use of them by other streams."""
@@ -140,6 +151,8 @@ class PeerCopies(Exchange):
         def wait() -> None:
             done()
             kept.clear()
+            # Rows are waited for when all are on their way; and a graph's events are of no use to what comes after it.
+            self._emptied.clear()
 
         return wait
 
@@ -164,6 +177,8 @@ class GPUs:
 
     Raises:
         ConfigError: there is no GPU, or the GPUs cannot write each other's memory.
+
+    A rank may see no GPU but its own, and all call theirs number 0; what they are PyTorch then cannot tell apart.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -173,9 +188,11 @@ class GPUs:
 
         device = torch.device("cuda", torch.cuda.current_device())
         size = box_bytes(group.size())
-        self._box = symmetric.empty(size, dtype=torch.uint8, device=device)
-        self._box[SLOTS * SLOT_BYTES :].zero_()
+        _check_one_machine(group, device)
+        os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
         try:
+            self._box = symmetric.empty(size, dtype=torch.uint8, device=device)
+            self._box[SLOTS * SLOT_BYTES :].zero_()
             handle = symmetric.rendezvous(self._box, group)
         except RuntimeError as error:
             raise ConfigError(
@@ -197,6 +214,7 @@ class GPUs:
         return self._after_current(self._sending)
 
     def receiving(self) -> AbstractContextManager[None]:  # noqa: D102
+        self._receiving.wait_stream(self._sending)
         return self._after_current(self._receiving)
 
     def done(self) -> Callable[[], None]:  # noqa: D102
@@ -218,6 +236,24 @@ class GPUs:
     def _after_current(self, stream: torch.cuda.Stream) -> Any:
         stream.wait_stream(torch.cuda.current_stream())
         return torch.cuda.stream(stream)
+
+
+def _check_one_machine(group: dist.ProcessGroup, device: torch.device) -> None:
+    """Raises ConfigError on every rank where not all could send each other handles of memory, by process number."""
+    own = torch.tensor([_machine()], device=device)
+    found = own.new_empty(group.size())
+    dist.all_gather_into_tensor(found, own, group=group)
+    if (found != own).any():
+        raise ConfigError(
+            f"parallel.copy_engines is true and the {group.size()} tensor ranks lie on {len(found.unique())} machines "
+            "or containers; set parallel.copy_engines=false, or parallel.tensor to at most a machine's GPUs"
+        )
+
+
+def _machine() -> int:
+    """A number of this machine, this start of it, and the container."""
+    name = Path("/proc/sys/kernel/random/boot_id").read_text() + os.readlink("/proc/self/ns/pid")
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:7])
 
 
 # CU_STREAM_WAIT_VALUE_EQ

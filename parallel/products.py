@@ -114,8 +114,10 @@ class _Project(torch.autograd.Function):
 class _SumProducts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h: Tensor, weight: Tensor, exchange: Exchange, divided: bool) -> Tensor:
+        flat = h.flatten(0, 1)  # Once, for it may be a copy.
+
         def multiply(tokens: slice, part: Tensor) -> None:
-            torch.mm(h.flatten(0, 1)[tokens], weight.t(), out=part)
+            torch.mm(flat[tokens], weight.t(), out=part)
 
         sums = _leaving(h, len(weight), exchange, divided, multiply)
         ctx.save_for_backward(h if ctx.needs_input_grad[1] else None, weight)
@@ -138,10 +140,12 @@ def _of_inputs(
 ) -> Callable[[], Tensor]:
     """The gradient of what all the weights multiply, on its way."""
 
+    first, *rest = (dy.flatten(0, 1) for dy in dys)
+
     def multiply(tokens: slice, part: Tensor) -> None:
-        torch.mm(dys[0].flatten(0, 1)[tokens], weights[0], out=part)
-        for dy, weight in zip(dys[1:], weights[1:], strict=True):
-            part.addmm_(dy.flatten(0, 1)[tokens], weight)
+        torch.mm(first[tokens], weights[0], out=part)
+        for dy, weight in zip(rest, weights[1:], strict=True):
+            part.addmm_(dy[tokens], weight)
 
     return _leaving(dys[0], weights[0].shape[1], exchange, divided, multiply, last=False)
 

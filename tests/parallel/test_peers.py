@@ -3,8 +3,9 @@
 import os
 import struct
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
@@ -14,8 +15,8 @@ from distributed import run_distributed
 from matrix import LAYOUTS, train
 
 from longscan.errors import ConfigError
-from longscan.parallel import ParallelDims, peers, tensor
-from longscan.parallel.peers import PeerCopies
+from longscan.parallel import ParallelDims, peers, process_group, tensor
+from longscan.parallel.peers import GPUs, PeerCopies
 from longscan.parallel.products import Exchange
 
 
@@ -62,7 +63,13 @@ def compare(folder, slot_bytes):
     assert files.given - begun == peers.SLOTS * (size - 1)
     torch.manual_seed(rank)
     same = []
-    for tokens, dtype in [(1, torch.float32), (7, torch.bfloat16), (64, torch.float64), (33, torch.bfloat16)] * 2:
+    for tokens, dtype in [
+        (1, torch.float32),
+        (7, torch.bfloat16),
+        (64, torch.float64),
+        (33, torch.bfloat16),
+        (0, torch.float32),
+    ] * 2:
         x, parts = torch.randn(tokens, 4).to(dtype), torch.randint(-9, 9, (size * tokens, 4)).to(dtype)
         found = [(x.new_empty(size * tokens, 4), x.new_empty(tokens, 4)) for _ in range(2)]
         for exchange, (whole, total) in zip((ours, theirs), found, strict=True):
@@ -111,6 +118,113 @@ def test_a_model_trains_by_copies_bit_for_bit(tmp_path):
     assert ranks == [{family: [] for family in families}] * 2
 
 
+class Noted:
+    """Peers that note what a GPU would be given: flags taken and given, each with all that it is ordered after."""
+
+    def __init__(self, rank, size):
+        self.rank, self.work, self.stream = rank, [], "main"
+        self.boxes = [torch.empty(peers.box_bytes(size), dtype=torch.uint8)] * size
+        self.ends = {"main": set(), "sending": set(), "receiving": set()}
+
+    @contextmanager
+    def on(self, stream, *others):
+        self.ends[stream] = self.ends[stream].union(*(self.ends[other] for other in others))
+        self.stream = stream
+        yield
+        self.stream = "main"
+
+    def sending(self):
+        return self.on("sending", "main")
+
+    def receiving(self):
+        return self.on("receiving", "main", "sending")
+
+    def done(self):
+        ends = self.ends["sending"] | self.ends["receiving"]
+        return lambda: self.ends[self.stream].update(ends)
+
+    def take(self, place):
+        self.note("take", self.rank, place)
+
+    def give(self, rank, place):
+        self.note("give", rank, place)
+
+    def note(self, kind, rank, place):
+        self.work.append((kind, (rank, place), self.stream, set(self.ends[self.stream])))
+        self.ends[self.stream] = {len(self.work) - 1}
+
+    def queued(self, first):
+        """Everything in one queue, of what may come next that of the stream `first`, whatever was asked for before."""
+        done, left = set(), dict(enumerate(self.work))
+        while left:
+            ready = [number for number, (*_, after) in left.items() if after <= done]
+            number = min(ready, key=lambda number: (left[number][2] != first, number))
+            done.add(number)
+            yield left.pop(number)
+
+
+@pytest.mark.parametrize("first", ["sending", "receiving"])
+@pytest.mark.parametrize("size", [2, 3])
+def test_no_order_that_a_graph_may_take_waits_for_itself(monkeypatch, size, first):
+    """More rows than slots, gathered and then summed."""
+    monkeypatch.setattr(peers, "SLOT_BYTES", 1024)
+    ranks = [Noted(rank, size) for rank in range(size)]
+    for rank, noted in enumerate(ranks):
+        exchange = PeerCopies(SimpleNamespace(rank=lambda rank=rank: rank, size=lambda: size), noted)
+        whole, total = torch.empty(2 * size, 4), torch.empty(2, 4)
+        for ask in (
+            lambda last, exchange=exchange: exchange.all_gather(whole, total),  # noqa: B023
+            lambda last, exchange=exchange: exchange.reduce_scatter(total, lambda *_: None, last),  # noqa: B023
+        ):
+            for wait in [ask(row == 2 * peers.SLOTS) for row in range(2 * peers.SLOTS + 1)]:
+                wait()
+    queues, given = [list(noted.queued(first)) for noted in ranks], set()
+    while any(queues):
+        before = sum(map(len, queues))
+        for queue in queues:
+            while queue and (queue[0][0] == "give" or queue[0][1] in given):
+                kind, flag, *_ = queue.pop(0)
+                (given.add if kind == "give" else given.remove)(flag)
+        assert sum(map(len, queues)) < before, [queue[0] for queue in queues if queue]
+
+
+def apart():
+    """What ranks of several machines are told, and whether those of one pass."""
+    device = torch.device("cpu")
+    peers._check_one_machine(dist.group.WORLD, device)
+    with patch.object(peers, "_machine", lambda: dist.get_rank() // 2), pytest.raises(ConfigError) as refused:
+        peers._check_one_machine(dist.group.WORLD, device)
+    return str(refused.value)
+
+
+def test_ranks_of_several_machines_are_refused():
+    for told in run_distributed(apart, 3):
+        assert "the 3 tensor ranks lie on 2 machines or containers; set parallel.copy_engines=false" in told
+
+
+def exchange_blindly(folder):
+    """Whether copies are the collectives where each rank sees its own GPU alone, as workers of Ray do."""
+    rank = int(os.environ["RANK"])
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1").split(",")
+    os.environ["CUDA_VISIBLE_DEVICES"] = visible[rank]
+    assert torch.cuda.device_count() == 1
+    torch.cuda.set_device(0)
+    place = {"rank": rank, "world_size": 2, "store": f"{folder}/store", "device": "cuda:0"}
+    with process_group(**place, timeout_seconds=60):
+        torch.manual_seed(rank)
+        x = torch.randn(4096, 2048, device="cuda", dtype=torch.bfloat16)
+        found = [x.new_empty(2 * len(x), 2048) for _ in range(2)]
+        Exchange(dist.group.WORLD).all_gather(found[0], x)()
+        PeerCopies(dist.group.WORLD, GPUs(dist.group.WORLD)).all_gather(found[1], x)()
+        return torch.equal(*found)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif("torch.cuda.device_count() < 2", reason="needs two CUDA GPUs")
+def test_a_rank_may_see_its_own_gpu_alone(tmp_path):
+    assert run_distributed(exchange_blindly, 2, tmp_path, join=False) == [True, True]
+
+
 def too_long(folder):
     """What a token that fits no slot gives."""
     peers.SLOT_BYTES = 1024
@@ -124,7 +238,7 @@ def test_a_token_must_fit_a_slot(tmp_path):
     assert run_distributed(too_long, 2, tmp_path) == ["0", "1"]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+@pytest.mark.skipif("torch.cuda.is_available()", reason="needs a machine without a GPU")
 def test_without_a_gpu_it_says_what_to_set():
     with pytest.raises(ConfigError, match="there is no GPU here; set parallel.copy_engines=false"):
         peers.GPUs(None)
