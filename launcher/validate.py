@@ -195,12 +195,6 @@ def _objective_problems(index: int, stage: StageConfig, config: Config) -> Itera
         yield f"{name}.objective is attention_transfer, which needs {name}.trains=mixers, not {stage.trains}"
     if any(earlier.objective != stage.objective for earlier in config.stages[:index]):
         yield f"{name}.objective is attention_transfer after another; it matches weights that are still the teacher's"
-    if config.parallel.pipeline > 1:
-        yield (
-            f"{name}.objective is attention_transfer, for which the loss is made in every layer, and "
-            f"parallel.pipeline is {config.parallel.pipeline}; train it with parallel.pipeline=1, then the later "
-            "stages as a run of their own with --init-from"
-        )
 
 
 def _optimizer_problems(config: Config) -> Iterator[str]:

@@ -108,7 +108,9 @@ class LanguageModel(nn.Module):
             contexts: one SequenceContext a block; None for a piece with nothing on its left.
         """
         x = self.embed(tokens, segments.positions)
-        return self.finish(self.through(range(self.config.layers), x, segments, contexts))
+        _, hidden = self.chunk(range(self.config.layers), x, segments, contexts)
+        assert hidden is not None
+        return hidden
 
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """The hidden states [B, T, D] that the first block reads; `positions` are those in the documents."""
@@ -121,6 +123,16 @@ class LanguageModel(nn.Module):
         if self.config.position_embedding == "none":
             return x
         return x + sinusoids(self.backend.residual(positions), self.config.width, x.dtype)
+
+    def chunk(
+        self, layers: range, x: Tensor, segments: Segments, contexts: Sequence[SequenceContext] | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """(The hidden states [B, T, D] after the consecutive blocks `layers`, what `cross_entropy` reads of them).
+
+        The second is None short of the last block. `contexts` as in `hidden`.
+        """
+        x = self.through(layers, x, segments, contexts)
+        return x, self.finish(x) if layers.stop == self.config.layers else None
 
     def through(
         self, layers: Iterable[int], x: Tensor, segments: Segments, contexts: Sequence[SequenceContext] | None = None

@@ -7,6 +7,7 @@ names, so the teacher need not be held beside it: it is the twin's own weights u
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from copy import copy
 from dataclasses import fields, replace
 from typing import Any
@@ -35,8 +36,8 @@ class AttentionTransfer(LanguageModel):
 
     Each block reads what it would read in the teacher, whose softmax attention goes on to the next, so an error of one
     block does not reach another. A token's error is |twin - teacher|^2 / |teacher|^2 of what the mixer adds to the
-    residual stream; the loss is its mean over the blocks. Queries, keys and values are projected twice. In evaluation
-    the twin is the language model that it is.
+    residual stream; the loss is its mean over the blocks, of which each chunk makes a part. Queries, keys and values
+    are projected twice. In evaluation the twin is the language model that it is.
 
     Attributes:
         errors: fp32 (fp64) [layers], each block's error summed over the valid tokens since `reset_errors`.
@@ -46,14 +47,24 @@ class AttentionTransfer(LanguageModel):
         super().__init__(*arguments, **options)
         self.errors = torch.zeros(self.config.layers)
 
-    def hidden(self, tokens: Tensor, segments: Segments, contexts: Sequence[SequenceContext] | None = None) -> Tensor:
-        """In training the errors [B, T, layers], fp32, of this rank's residual stream; else as in LanguageModel."""
+    def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """As in LanguageModel, in training without gradients."""
+        with torch.no_grad() if self.training else nullcontext():
+            return super().embed(tokens, positions)
+
+    def chunk(
+        self, layers: range, x: Tensor, segments: Segments, contexts: Sequence[SequenceContext] | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """In training (the teacher's hidden states after `layers`, the errors [B, T, all layers], zero of the others).
+
+        Errors are fp32 (fp64), of this rank's residual stream. In evaluation as in LanguageModel.
+        """
         if not self.training:
-            return super().hidden(tokens, segments, contexts)
-        with torch.no_grad():
-            x = self.embed(tokens, segments.positions)
-        errors = []
-        for layer, block in enumerate(self.blocks):
+            return super().chunk(layers, x, segments, contexts)
+        # A gradient of zero for x where one is asked for: whoever sent it waits for that.
+        errors = [wide(x[..., :0]).sum(-1)] * self.config.layers
+        for layer in layers:
+            block = self.blocks[layer]
             assert isinstance(block.mixer, LinearizedAttention), f"block {layer} has no attention to transfer"
             seq = LocalContext(segments) if contexts is None else contexts[layer]
             with torch.no_grad():
@@ -61,8 +72,8 @@ class AttentionTransfer(LanguageModel):
                 taught = softmax_attention(block.mixer, normed, copy(seq))
                 x = x + taught
                 x = x + block.mlp(block.mlp_norm(x))
-            errors.append(relative_error(block.mixer(normed, seq), taught))
-        return torch.stack(errors, dim=-1)
+            errors[layer] = relative_error(block.mixer(normed, seq), taught)
+        return x, torch.stack(errors, dim=-1)
 
     def cross_entropy(self, hidden: Tensor, labels: Tensor, *, ignore_index: int = -100, **options: Any) -> Tensor:
         """In training the errors summed over the tokens whose label counts, their mean over the blocks."""

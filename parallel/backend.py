@@ -16,17 +16,24 @@ from .groups import layout_groups, megatron
 MOST_GRAPHS = 64
 
 
-def make_model(config: ModelConfig, dims: ParallelDims, compile: bool = False, **options: Any) -> LanguageModel:
+def make_model(
+    config: ModelConfig,
+    dims: ParallelDims,
+    compile: bool = False,
+    kind: type[LanguageModel] = LanguageModel,
+    **options: Any,
+) -> LanguageModel:
     """Returns what this rank holds of the model, without values, inside the process group; collective.
 
     Args:
         config: the whole model.
         dims: the layout.
         compile: whether torch.compile makes the blocks' kernels, at their first calls; names stay as they are.
+        kind: the class to build.
         options: LanguageModel's other arguments.
     """
     assert not (compile and dims.zero == 3), "ZeRO 3's hooks change the shapes that a graph was compiled for"
-    model = LanguageModel(config, make_backend(config, dims), part=_part(config, dims), **options)
+    model = kind(config, make_backend(config, dims), part=_part(config, dims), **options)
     if compile:
         _compile_blocks(model, dims)
     return model

@@ -30,13 +30,15 @@ class LossModule(nn.Module):
         self.model, self.context, self.z_loss = model, context, z_loss
         self._compiled = any(module._compiled_call_impl is not None for module in model.modules())
 
-    def forward(self, batch: Batch, layers: range | None = None, x: Tensor | None = None) -> Tensor:
+    def forward(
+        self, batch: Batch, layers: range | None = None, x: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Returns the summed loss of `batch`, a scalar; 0 where every label is IGNORED_LABEL.
 
         Args:
             batch: this rank's piece of the rows.
             layers: the blocks to go through; all of them unless given. Short of the last, hidden states [B, T, D] come
-                back.
+                back, and beside them the part of the loss that is made there, where a model makes it so.
             x: the hidden states that those blocks read; made from the tokens unless given.
         """
         if self._compiled:  # for any number of documents
@@ -47,8 +49,11 @@ class LossModule(nn.Module):
         if layers is None:
             return self._loss(self.model.hidden(batch.inputs, segments, pieces), batch)
         x = self.model.embed(batch.inputs, segments.positions) if x is None else x
-        x = self.model.through(layers, x, segments, pieces)
-        return x if layers.stop < self.model.config.layers else self._loss(self.model.finish(x), batch)
+        x, hidden = self.model.chunk(layers, x, segments, pieces)
+        if hidden is None:
+            return x
+        loss = self._loss(hidden, batch)
+        return loss if layers.stop == self.model.config.layers else (x, loss)
 
     def _loss(self, hidden: Tensor, batch: Batch) -> Tensor:
         return self.model.cross_entropy(hidden, batch.labels, ignore_index=IGNORED_LABEL, z_loss=self.z_loss)

@@ -3,7 +3,7 @@
 One chunk of consecutive layers a rank runs by 1F1B, several by the interleaved schedule. Between chunks go hidden
 states in the model's dtype, one way, and their gradients, the other: of this rank's piece of the rows, and of its
 share of the piece with sequence_parallel. Every rank of a replica has the batch, so documents travel nowhere. What a
-chunk sent is kept until its backward pass.
+chunk sent is kept until its backward pass. A chunk may have a part of the loss of its own: it stays with its rank.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ from ..models import ModelConfig
 from .dims import ParallelDims
 from .megatron_cpu import serve_cpu
 
-# Layers, the batch and the hidden states they read (None: they read tokens), to hidden states or the summed loss.
-Run = Callable[[Batch, range, Tensor | None], Tensor]
+# The batch, layers and the hidden states they read (None: they read tokens), to hidden states, to these and a part of
+# the summed loss, or to the summed loss.
+Run = Callable[[Batch, range, Tensor | None], Tensor | tuple[Tensor, Tensor]]
 
 
 class Pipeline:
@@ -49,10 +50,12 @@ class Pipeline:
         chunks = dims.chunks(config.layers)
         self._options = _schedule_options(config, dims)
         mine = chunks[group.rank() :: dims.pipeline]
-        self._chunks: list[nn.Module] = [_Chunk(run, layers, self._options, dims, n) for n, layers in enumerate(mine)]
+        self._chunks = [_Chunk(run, layers, self._options, dims, n) for n, layers in enumerate(mine)]
 
     def __call__(self, pieces: list[Batch], divisor: int | None, dtype: torch.dtype) -> list[Tensor]:
-        """Returns each micro-batch's summed loss, detached, on the last rank, and nothing on the others; collective.
+        """Returns this rank's part of each micro-batch's summed loss, detached, or nothing; collective.
+
+        It is all of it on the last rank, but where earlier chunks have parts of their own.
 
         Args:
             pieces: this rank's tokens of the micro-batches, all of one shape.
@@ -72,20 +75,27 @@ class Pipeline:
         schedule = forward_backward_pipelining_with_interleaving
         if self._dims.interleave == 1:
             schedule = forward_backward_pipelining_without_interleaving
-        losses = schedule(
+        for chunk in self._chunks:
+            chunk.losses.clear()
+        schedule(
             forward_step_func=step,
             data_iterator=batches,
-            model=self._chunks,
+            model=[*self._chunks],
             num_microbatches=len(pieces),
             seq_length=tokens * self._dims.context,
             micro_batch_size=rows,
             forward_only=divisor is None,
         )
-        return losses[:count]
+        made = [chunk.losses for chunk in self._chunks if chunk.losses]
+        return [torch.stack(parts).sum() for parts in zip(*made, strict=True)][:count]
 
 
 class _Chunk(nn.Module):
-    """A run of layers, as the schedules see it: given hidden states of the wire's shape, then called with a batch."""
+    """A run of layers, as the schedules see it: given hidden states of the wire's shape, then called with a batch.
+
+    Attributes:
+        losses: what of each micro-batch's summed loss was made here, detached.
+    """
 
     model_type = ModelType.encoder_or_decoder
 
@@ -94,23 +104,45 @@ class _Chunk(nn.Module):
         self.vp_stage = number if dims.interleave > 1 else None
         self._run, self._layers, self.config = run, layers, config
         self._received: Tensor | None = None
+        self.losses: list[Tensor] = []
 
     def set_input_tensor(self, tensors: list[Tensor | None]) -> None:
         """Takes what came over the wire, None for the first chunk."""
         (self._received,) = tensors
 
-    def forward(self, batch: Batch) -> Tensor:
-        """Hidden states for the wire [T, B, D], or the summed loss."""
+    def forward(self, batch: Batch, divisor: int) -> Tensor:
+        """Hidden states for the wire [T, B, D], or the summed loss over `divisor`."""
         x = self._received
         # The same bytes as [B, T, D]: the wire's shape is Megatron's way of counting them.
         x = None if x is None else x.view(batch.inputs.shape[0], -1, x.shape[-1])
         y = self._run(batch, self._layers, x)
-        return y if y.ndim == 0 else y.contiguous().view(-1, *y.shape[::2])
+        if isinstance(y, tuple):
+            y = _Beside.apply(y[0], self._noted(y[1]) / divisor)
+        elif y.ndim == 0:
+            return self._noted(y) / divisor
+        return y.contiguous().view(-1, *y.shape[::2])
+
+    def _noted(self, loss: Tensor) -> Tensor:
+        self.losses.append(loss.detach())
+        return loss
+
+
+class _Beside(torch.autograd.Function):
+    """x [...], which depends on nothing, with a scalar loss behind it: a backward pass through x is one of the loss."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, loss: Tensor) -> Tensor:
+        ctx.one = torch.ones_like(loss)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[None, Tensor]:
+        return None, ctx.one
 
 
 def _step(divisor: int, batches: Iterator[Batch], chunk: _Chunk) -> tuple[Tensor, Callable]:
     """Megatron's forward step: a chunk's output, and what makes of the last one's (its loss, token count, record)."""
-    return chunk(next(batches)), lambda loss: (loss / divisor, 0, loss.detach())
+    return chunk(next(batches), divisor), lambda loss: (loss, 0, None)
 
 
 def _schedule_options(config: ModelConfig, dims: ParallelDims) -> Any:

@@ -83,7 +83,7 @@ class ShardedAdamW(FlatAdamW):
         DeepSpeed takes the norm after the gradients are summed over the copies, so every rank decides alike.
         """
         self.set_rate(rate)
-        if self._tied is not None:
+        if self._tied is not None and self._tied.requires_grad:
             dist.all_reduce(self._shards.gradient(self._tied), group=self._ends)
         self._engine.step()
         norm = float(self._wrapper._global_grad_norm)

@@ -11,7 +11,7 @@ from typing import Any
 from ...models import LanguageModel
 from ...models.adapter import merge_adapters
 from ...models.linearize import AttentionTransfer, added_parameters, frozen_parameters
-from ...parallel import Engine, ParallelDims, make_backend, make_model
+from ...parallel import Engine, ParallelDims, make_model
 from ...parallel.checkpoint import load_weights
 from ..config import Config
 
@@ -39,10 +39,8 @@ class Mode:
             "implementation": config.run.implementation,
             "activation_checkpoint": config.run.activation_checkpoint,
         }
-        if self.transfers:
-            model = AttentionTransfer(config.model, make_backend(config.model, dims), **options)
-        else:
-            model = make_model(config.model, dims, config.run.compile, **options)
+        kind = AttentionTransfer if self.transfers else LanguageModel
+        model = make_model(config.model, dims, config.run.compile and not self.transfers, kind, **options)
         model.frozen = frozen_parameters(model, self.trains)
         return model
 
@@ -62,6 +60,6 @@ class Mode:
         if not self.transfers:
             return ()
         assert isinstance(engine.model, AttentionTransfer)
-        # A sum over ranks counts a replica once, and its ranks hold a piece of the tokens each.
-        errors = engine.model.reset_errors() * engine.dims.context
+        # A sum over ranks counts a replica once, and its ranks hold a piece of the tokens each, and some of the blocks.
+        errors = engine.model.reset_errors() * (engine.dims.context * engine.dims.pipeline)
         return tuple(error / tokens for error in engine.sum(*errors.unbind()))

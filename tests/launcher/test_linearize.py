@@ -245,6 +245,21 @@ def test_a_transformer_trained_with_adapters_converts_with_them_merged(corpus, t
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_pipeline_takes_every_stage_as_one_process_does(whole, tmp_path, corpus):
+    run, _ = whole
+    layout = ["run.launcher=ray", "run.workers=2", "parallel.pipeline=2"]
+    source = llama(tmp_path / "llama")
+    assert start(source, tmp_path / "run", corpus, *layout, stop_at=5).status == "stopped"
+    assert start(source, tmp_path / "run", corpus, *layout).status == "finished"
+    expected, found = (RunFolder.open(folder).metrics.standing() for folder in (run, tmp_path / "run"))
+    assert len(found) == len(expected) == 16
+    for one, other in zip(found, expected, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+        assert one.get("transfer_errors", []) == pytest.approx(other.get("transfer_errors", []), rel=1e-4)
+
+
 # Bad input
 
 
@@ -270,7 +285,6 @@ BAD = {
     "unknown key": (None, {"more": ["model.linearised=1"]}, ConfigError, "unknown key model.linearised"),
     "wrong value": (None, {"more": ["model.linearized_attention.group=0"]}, ConfigError, "group=0 must be at least 1"),
     "teacher's shape": (None, {"more": ["model.width=64"]}, ConfigError, r"is \[16, 32\] in the model to linearize"),
-    "pipeline": (None, {"more": ["parallel.pipeline=2", "run.launcher=ray"]}, ConfigError, "parallel.pipeline=1"),
 }
 
 

@@ -102,6 +102,29 @@ def test_the_loss_is_the_mean_relative_error_of_teacher_forced_blocks():
     assert not student.reset_errors().any()
 
 
+def test_chunks_of_blocks_make_the_loss_in_parts_and_ask_nothing_of_what_they_read():
+    student = built(twin(), AttentionTransfer).train()
+    tokens, labels, segments = batch()
+    x, parts = student.embed(tokens, segments.positions), []
+    for layer in range(student.config.layers):
+        x = x.detach().requires_grad_()
+        after, errors = student.chunk(range(layer, layer + 1), x, segments)
+        parts.append(student.cross_entropy(errors, labels, ignore_index=IGNORED_LABEL))
+        parts[-1].backward()
+        assert torch.equal(x.grad, torch.zeros_like(x)) and not after.requires_grad
+        x = after
+    found = {name: p.grad for name, p in student.named_parameters()}
+    errors = student.reset_errors()
+    student.zero_grad()
+    whole = transfer_loss(student)
+    whole.backward()
+    torch.testing.assert_close(sum(parts), whole, rtol=1e-12, atol=0)
+    assert torch.equal(errors, student.reset_errors())
+    assert found.keys() == dict(student.named_parameters()).keys()
+    for name, parameter in student.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-12, atol=1e-15)
+
+
 def test_evaluation_is_the_twins_own_language_modelling():
     student, plain = built(twin(), AttentionTransfer).eval(), built(twin())
     tokens, labels, segments = batch()

@@ -9,11 +9,12 @@ from distributed import run_distributed
 from matrix import LAYOUTS, OPTIONS, RATE, TOLERANCES, batches_of, config_of, logical, worst
 from safetensors.torch import load_file, save_file
 
+from longscan.models import LanguageModel
 from longscan.models.adapter import Adapter, merge_adapters
 from longscan.models.config import LoRAConfig
 from longscan.models.linearize import AttentionTransfer, frozen_parameters
 from longscan.models.parameters import normal
-from longscan.parallel import Engine, ParallelDims, make_backend, make_model, process_group
+from longscan.parallel import Engine, ParallelDims, make_model, process_group
 
 STEPS = 4
 # What is trained, layout by layout, in one process group as by the stages of a run. Key heads are two, so that four
@@ -25,13 +26,19 @@ LAYOUTS_TRAINED = {
     "tp2-sp-cp2": ["mixers", "lora"],
     "tp2-sp-recomputed": ["lora"],
     "pp2-cp2-selective": ["lora"],
+    "pp2": ["mixers"],
+    "pp2-interleaved": ["mixers"],
+    "pp2-tp2-sp": ["mixers"],
+    "pp2-cp2": ["mixers"],
+    "pp2-zero1": ["mixers"],
+    "pp2-interleaved-dp2": ["mixers"],
     "dp2-zero1-offloaded": ["mixers", "lora"],
     "dp2-zero2": ["lora"],
     "dp2-zero3": ["mixers", "lora"],
     "dp2-tp2-sp-zero3": ["lora"],
 }
 # Trained in bf16 as well, for what it leaves alone.
-ROUNDED = {"tp4", "dp2-zero2", "dp2-zero3"}
+ROUNDED = {"tp4", "pp2-zero1", "dp2-zero2", "dp2-zero3"}
 CASES = [f"{layout} {trains}" for layout, stages in LAYOUTS_TRAINED.items() for trains in stages]
 
 
@@ -39,7 +46,8 @@ def config():
     found = config_of("linearized")
     mixer = dataclasses.replace(found.linearized_attention, kv_heads=2, feature_map="learned", feature_dim=4)
     linears = ["query", "key", "value", "output", "gate", "up", "down"]
-    return dataclasses.replace(found, linearized_attention=mixer, lora=LoRAConfig(3, 6.0, linears))
+    lora = LoRAConfig(3, 6.0, linears)
+    return dataclasses.replace(found, layers=4, tie_embeddings=True, linearized_attention=mixer, lora=lora)
 
 
 def train(trains, dims, options, precision="fp32"):
@@ -47,10 +55,7 @@ def train(trains, dims, options, precision="fp32"):
 
     fp32 is fp64 without ZeRO. Frozen weights keep their bits, in masters too, and all others change.
     """
-    if trains == "mixers":
-        model = AttentionTransfer(config(), make_backend(config(), dims), **options)
-    else:
-        model = make_model(config(), dims, **options)
+    model = make_model(config(), dims, kind=AttentionTransfer if trains == "mixers" else LanguageModel, **options)
     for module in model.modules():
         if isinstance(module, Adapter) and trains == "lora":
             module.specs["up"] = normal(0.1, decay=False)
@@ -68,7 +73,7 @@ def train(trains, dims, options, precision="fp32"):
         (loss,) = engine.sum(engine.forward_backward(batches[replica :: dims.data], tokens))
         found[f"{step}/loss"] = torch.tensor(loss / tokens, dtype=torch.float64)
         if trains == "mixers":
-            errors = engine.sum(*(model.reset_errors() * dims.context).unbind())
+            errors = engine.sum(*(model.reset_errors() * (dims.context * dims.pipeline)).unbind())
             found[f"{step}/errors"] = torch.tensor(errors, dtype=torch.float64) / tokens
         found[f"{step}/norm"] = torch.tensor(engine.update(RATE), dtype=torch.float64)
     kept = {place[0] for place, data in masters(engine).items() if torch.equal(data, before[place])}
@@ -109,7 +114,7 @@ def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("linearize")
     for trains in ("mixers", "lora"):
         save_file(train(trains, ParallelDims(zero=0), {}), folder / f"{trains}.safetensors")
-    preload, env = ["longscan.parallel.tensor", "deepspeed"], {"DS_ACCELERATOR": "cpu"}
+    preload, env = ["longscan.parallel.tensor", "longscan.parallel.pipeline", "deepspeed"], {"DS_ACCELERATOR": "cpu"}
     return run_distributed(compare, 4, folder, LAYOUTS_TRAINED, join=False, timeout=200.0, preload=preload, env=env)
 
 
