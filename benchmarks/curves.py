@@ -25,7 +25,7 @@ from longscan.parallel.plan import Load
 
 from . import record as recording
 from .ranks import Place
-from .steps import batch_of
+from .steps import batch_of, compile_step
 
 VOCABULARY, MICRO_BATCHES, RATE = 512, 4, 2e-3
 # The widest gap is taken so many times.
@@ -113,8 +113,10 @@ def curve(place: Place, scale: Scale, load: Load, order: int = 0) -> list[float]
         rows = tokens_of(scale.rows * MICRO_BATCHES, scale.tokens + 1, step)
         if order:
             rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(order * scale.steps + step))]
-        batches = [batch_of(load, tokens) for tokens in rows.split(scale.rows)]
-        loss = engine.forward_backward(batches[replica :: load.dims.data], total)
+        batches = [batch_of(load, tokens) for tokens in rows.split(scale.rows)][replica :: load.dims.data]
+        if step == 0:
+            compile_step(engine, batches[0])
+        loss = engine.forward_backward(batches, total)
         losses.append(engine.sum(loss)[0] / total)
         engine.update(RATE * min(1.0, (step + 1) / 10))
     engine.close()

@@ -3,7 +3,7 @@
 A row lies on all GPUs of the run as one context group, under ZeRO 1. The peaks of the last two rows say how far memory
 reaches: the next row is a little shorter than that, at most twice as long as the last and at least a granule
 longer, until memory is out. `--cap-gib` makes a larger GPU as small as another; what CUDA and NCCL take beside tensors
-counts.
+counts, and so would what other processes take: a search needs its GPUs for itself.
 """
 
 from __future__ import annotations
@@ -26,13 +26,15 @@ from longscan.parallel.plan import Load, memory
 
 from .figures import newest
 from .ranks import OUT_OF_MEMORY, Place, run_ranks, settle
-from .steps import batch_of, engine_of, load_of, release, take_step
+from .steps import batch_of, compile_step, engine_of, load_of, release, take_step
 
 # How much of the length that memory seems to reach is tried, and how many times the last row.
 SHARE, LEAP = 0.95, 2
 # In tokens: what one 80 GB GPU is to reach, and how many times that two are.
 TARGETS, GAIN = {"full": 256 * 1024, "offload": 512 * 1024}, 2.1
 FAILED = "failed.json"
+# What CUDA takes of a GPU for a process that has done nothing is less; above it another process is at work there.
+CONTEXT_GIB = 1.5
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options of the search."""
     parser.add_argument("--modes", nargs="+", default=["full", "offload"], help="longest: what of a block is kept")
     parser.add_argument("--counts", nargs="+", type=int, help="longest: numbers of GPUs; by default 1 and all")
-    parser.add_argument("--cap-gib", type=float, default=79.1, help="longest: memory of the GPU that is searched for")
+    parser.add_argument(
+        "--cap-gib",
+        type=float,
+        default=79.1,
+        help="longest: memory of the GPU that is searched for; nothing else may run on the GPUs, it would count",
+    )
     parser.add_argument(
         "--budget", type=float, default=90.0, help="longest: seconds after which a search tries no further row"
     )
@@ -87,24 +94,28 @@ def _search(module: str, shared: Sequence[str], mode: str, gpus: Sequence[str], 
 
 def climb(place: Place, scale: Scale, options: argparse.Namespace) -> None:
     """Trains one step on each of ever longer rows, and records the longest so far."""
+    check_alone(place.device)
     dims = ParallelDims(context=place.size, zero=1 if place.size > 1 else 0)
     granule = scale.granule * place.size
     load = load_of(scale.preset, dims, granule, 1, 1, options.modes[0])
     group: AbstractContextManager[None] = place.together("longest") if place.size > 1 else place.alone()
     with group, engine_of(load, place.device) as engine:
         run, began = Climb(place, scale.preset, load, engine), time.perf_counter()
+        compile_step(engine, batch_of(run.of(2 * granule)))
         _, peak = run.step(2 * granule)
         limit, tried = run.cap(options.cap_gib), [(2 * granule, peak)]
         tokens = options.start or 4 * granule
         while True:
             try:
                 taken, peak = run.step(tokens)
-            except torch.OutOfMemoryError:
+            except torch.OutOfMemoryError as error:
+                print(run.shortage(tokens, limit, error), file=sys.stderr)
                 # What is given to go up from is one granule above a row that trained.
                 trained = max(tried[-1][0], options.start - granule)
                 (place.folder / FAILED).write_text(json.dumps([tokens, trained, granule]))
-                # The other ranks wait in a collective; `run_ranks` ends them.
                 sys.stderr.flush()
+                # A rank that runs out too says so; others wait in a collective, and `run_ranks` ends them.
+                time.sleep(1)
                 os._exit(OUT_OF_MEMORY)
             run.note(tokens, taken, peak)
             tried.append((tokens, peak))
@@ -112,6 +123,18 @@ def climb(place: Place, scale: Scale, options: argparse.Namespace) -> None:
             # One clock for all ranks: all go on or none.
             if engine.sum(time.perf_counter() - began)[0] > options.budget:
                 break
+
+
+def check_alone(device: torch.device) -> None:
+    """Ends a process that has done nothing yet where another one holds memory of its GPU."""
+    if device.type != "cuda":
+        return
+    free, total = torch.cuda.mem_get_info(device)
+    if (held := (total - free) / 2**30) > CONTEXT_GIB:
+        sys.exit(
+            f"longest: {held:.1f} GiB of {device} are taken before the search begins, and would make rows shorter; end "
+            "the other processes on that GPU, or choose another by --gpus"
+        )
 
 
 def longer(tried: Sequence[tuple[int, float]], limit: float, granule: int) -> int:
@@ -153,6 +176,18 @@ class Climb:
         limit = min(gib * 2**30, total) - beside
         torch.cuda.set_per_process_memory_fraction(limit / total, self.place.device)
         return limit
+
+    def shortage(self, tokens: int, limit: float, error: torch.OutOfMemoryError) -> str:
+        """A line that says for what this rank had too little memory; `limit` is what tensors may take."""
+        device = self.place.device
+        sizes = {
+            "limit": limit,
+            "planned": memory(self.of(tokens)).total,
+            "allocated at the peak": torch.cuda.max_memory_allocated(device),
+            "reserved at the peak": torch.cuda.max_memory_reserved(device),
+        }
+        said = ", ".join(f"{name} {size / 2**30:.2f} GiB" for name, size in sizes.items())
+        return f"rank {self.place.rank}, row of {tokens} tokens: {said}; {' '.join(str(error).split())}"
 
     def note(self, tokens: int, taken: float, peak: float) -> None:
         """Records a row that trained."""

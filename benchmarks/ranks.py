@@ -86,6 +86,20 @@ def seconds(run: Callable[[], object], device: torch.device, together: bool = Tr
     return mean_over_ranks(statistics.median(times[WARM:]), device)
 
 
+def compile_kernels(work: Callable[[], object], device: torch.device) -> None:
+    """Compiles the kernels of some work all at once, where it would compile one after the other as it meets them.
+
+    Args:
+        work: goes through them without them and leaves nothing behind; every rank of its groups does it.
+        device: where it runs; on a CPU there are none.
+    """
+    if device.type != "cuda":
+        return
+    from longscan.kernels.precompile import prepare, rehearse
+
+    prepare(rehearse(work))
+
+
 def over_ranks(values: Sequence[float], op: dist.ReduceOp.RedOpType, device: torch.device) -> list[float]:
     """Each value reduced over the ranks of the default group; as they are where there is none."""
     found = torch.tensor(values, dtype=torch.float64, device=device)

@@ -21,6 +21,7 @@ from longscan.parallel.context import piece_of
 from longscan.parallel.groups import layout_groups
 from longscan.parallel.loss import LossModule
 
+from .ranks import compile_kernels
 from .steps import VOCABULARY, batch_of, fill, load_of, release
 
 
@@ -77,6 +78,7 @@ class Stack:
         place = {"device": device, "dtype": torch.bfloat16}
         self.x = torch.randn(shape.rows, tokens, config.width, requires_grad=True, **place)
         self.gradient = torch.randn(shape.rows, tokens, config.width, **place)
+        compile_kernels(self.step, device)
 
     def forward(self) -> Tensor:
         """The hidden states after the blocks."""

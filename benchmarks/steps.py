@@ -13,6 +13,7 @@ import gc
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ from longscan.parallel.plan import GPUS, Cluster, Load, errors, measured_ratios,
 from longscan.parallel.plan.recorded import GRAPHED, RATE_METRIC
 
 from . import record as recording
-from .ranks import seconds, settle
+from .ranks import compile_kernels, seconds, settle
 from .record import record
 
 VOCABULARY = 32000
@@ -90,10 +91,16 @@ def take_step(engine: Engine, load: Load, batches: list[Batch]) -> None:
     engine.update(1e-4)
 
 
+def compile_step(engine: Engine, batch: Batch) -> None:
+    """Compiles the kernels of a step all at once; collective."""
+    compile_kernels(partial(engine.rehearse, [batch]), engine.device)
+
+
 def train(load: Load, device: torch.device, compile: bool = False, cuda_graphs: bool = False) -> tuple[float, float]:
     """(seconds a step, the slowest rank's; GiB of tensors at the peak on this rank), inside the process group."""
     with engine_of(load, device, compile, cuda_graphs) as engine:
         batches = [batch_of(load) for _ in range(load.micro_batches)]
+        compile_step(engine, batches[0])
         release(device)
         taken = seconds(lambda: take_step(engine, load, batches), device)
         settle(device)

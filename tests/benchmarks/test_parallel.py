@@ -2,7 +2,9 @@
 
 import argparse
 import json
+import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 from longscan.benchmarks import curves, longest, parallel, ranks, record, report, stacks, steps
 from longscan.benchmarks.longest import longer
 from longscan.benchmarks.ranks import OUT_OF_MEMORY, Place, run_ranks
+from longscan.kernels import precompile
 from longscan.parallel import ParallelDims, graphs
 from longscan.parallel.plan import load_named, work_name
 from longscan.parallel.plan.recorded import GRAPHED
@@ -49,8 +52,6 @@ class Repeating:
 
 def run_works(folder):
     """Every work as one of two ranks, on the CPU with what stands in for CUDA graphs."""
-    import os
-
     ranks.WARM, ranks.REPEAT = 0, 1
     parallel.has_graphs = lambda place: True
     parallel.CudaRecorder = graphs.CudaRecorder = Repeating
@@ -262,6 +263,86 @@ def test_a_search_goes_on_where_a_leap_was_too_far(monkeypatch, ends, ended, sta
     options = argparse.Namespace(start=0, cap_gib=1.0, budget=1.0, patience=1.0, modes=["full"], counts=[1])
     assert longest.search("module", [], ["0", "1"], options) is ended
     assert seen == starts
+
+
+def test_a_rank_that_runs_out_of_memory_says_of_what(monkeypatch, tmp_path, recorded, capsys):
+    sizes = {"max_memory_allocated": 3 * 2**29, "max_memory_reserved": 2**31, "memory_reserved": 2**30}
+    for name, size in sizes.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, size=size: size)
+    monkeypatch.setattr(longest.Climb, "cap", lambda run, gib: (gib - 1) * 2**30)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(os, "_exit", sys.exit)
+
+    def step(run, tokens):
+        if tokens > 64:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nGPU 0 has 4 GiB.")
+        return 1.0, float(tokens)
+
+    monkeypatch.setattr(longest.Climb, "step", step)
+    options = argparse.Namespace(start=0, cap_gib=4.0, budget=9.0, modes=["full"])
+    with pytest.raises(SystemExit) as ended:
+        longest.climb(Place(0, 1, tmp_path), longest.TINY, options)
+    assert ended.value.code == OUT_OF_MEMORY
+    assert json.loads((tmp_path / longest.FAILED).read_text()) == [128, 64, 16]
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("rank"))
+    planned = f"{longest.memory(steps.load_of('griffin-tiny', parallel.ALONE, 128, 1, 1, 'full')).total / 2**30:.2f}"
+    assert line == (
+        f"rank 0, row of 128 tokens: limit 3.00 GiB, planned {planned} GiB, allocated at the peak 1.50 GiB, "
+        "reserved at the peak 2.00 GiB; CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has 4 GiB."
+    )
+
+
+@pytest.mark.parametrize(("held", "alone"), [(0.6, True), (7.25, False)])
+def test_a_search_needs_its_gpu_for_itself(monkeypatch, held, alone):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int((80 - held) * 2**30), 80 * 2**30))
+    longest.check_alone(torch.device("cpu"))
+    if alone:
+        longest.check_alone(torch.device("cuda", 1))
+        return
+    with pytest.raises(SystemExit, match=r"7\.2 GiB of cuda:1 are taken before the search begins"):
+        longest.check_alone(torch.device("cuda", 1))
+
+
+def test_kernels_are_compiled_before_the_work_where_there_are_any(monkeypatch):
+    came = []
+    monkeypatch.setattr(precompile, "rehearse", lambda work: [work()])
+    monkeypatch.setattr(precompile, "prepare", came.append)
+    ranks.compile_kernels(lambda: came.append("run"), torch.device("cpu"))
+    assert not came
+    ranks.compile_kernels(lambda: "kernel", torch.device("cuda"))
+    assert came == [["kernel"]]
+
+
+@pytest.fixture
+def rehearsals(monkeypatch):
+    """How many rehearsals were asked for; they are done."""
+    done = []
+
+    def compile_kernels(work, device):
+        work()
+        done.append(work)
+
+    for module in (steps, stacks):
+        monkeypatch.setattr(module, "compile_kernels", compile_kernels)
+    return done
+
+
+def test_a_rehearsed_curve_is_the_curve_without(rehearsals, monkeypatch, tmp_path):
+    place, load = Place(0, 1, tmp_path), curves.load_of(curves.TINY, "griffin-tiny", parallel.ALONE)
+    with place.alone():
+        rehearsed = curves.curve(place, curves.TINY, load, 1)
+        assert len(rehearsals) == 1
+        monkeypatch.setattr(steps, "compile_kernels", lambda *_: None)
+        assert curves.curve(place, curves.TINY, load, 1) == rehearsed
+
+
+def test_steps_and_stacks_are_rehearsed(rehearsals, tmp_path, recorded):
+    place = Place(0, 1, tmp_path)
+    with place.alone():
+        steps.train(steps.load_of("griffin-tiny", parallel.ALONE, 32, 1, 2, "none"), place.device)
+        stack = stacks.Stack(stacks.Shape("griffin-tiny", range(2), 1, 16), parallel.ALONE, place.device)
+    assert len(rehearsals) == 2
+    assert all(leaf.grad is None for leaf in (stack.x, *stack.loss.parameters()))
 
 
 def test_a_work_that_fails_does_not_take_the_others_with_it(monkeypatch, tmp_path, capsys):

@@ -1,9 +1,16 @@
 """Reading the logs of compute-sanitizer and the tables of ncu."""
 
+import json
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
 import pytest
+import torch
 
 from longscan.benchmarks import profile_kernels, sanitize
-from longscan.benchmarks.profile_kernels import Launch, launches_in, note, our_kernels, together
+from longscan.benchmarks.gpu_timing import Work
+from longscan.benchmarks.profile_kernels import FORBIDDEN, Launch, launches_in, note, plan, profile, run_work, together
 from longscan.benchmarks.sanitize import errors_in
 from longscan.kernels.dispatch import KERNELS
 
@@ -128,9 +135,9 @@ def test_ncu_table():
     assert (third.kernel, third.time, "dram" in third.values) == ("_backward", 1250.0, False)
 
 
-@pytest.mark.parametrize("text", ["", "==ERROR== ERR_NVGPUCTRPERM - The user does not have permission"])
+@pytest.mark.parametrize("text", ["", f"==ERROR== {FORBIDDEN} - No permission\n==ERROR== Failed to profile", NAMES])
 def test_ncu_without_a_table_says_why(text):
-    with pytest.raises(ValueError, match="ERR_NVGPUCTRPERM" if text else "empty"):
+    with pytest.raises(ValueError, match=f"{FORBIDDEN}.*Failed" if FORBIDDEN in text else "empty"):
         launches_in(text)
 
 
@@ -140,15 +147,108 @@ def test_launches_of_a_kernel_are_weighted_by_time():
     assert whole.values["dram"] == pytest.approx(50.0)
 
 
-def test_launches_are_given_to_their_works(monkeypatch):
-    put = []
-    monkeypatch.setattr(profile_kernels, "record", lambda *figure: put.append(figure))
-    note(launches_in(TABLE), [("a", "_forward"), ("b", "_forward"), ("b", "_backward")])
-    times = {figure[1]: figure[4] for figure in put if figure[3] == "time"}
-    assert times == {"a: _forward": 300.0, "b: _forward": 100.0, "b: _backward": 1250.0}
-    with pytest.raises(ValueError, match="3 launches and the program made 1"):
-        note(launches_in(TABLE), [("a", "_forward")])
+@pytest.fixture
+def figures(monkeypatch):
+    """(work and kernel, metric) -> value of what is recorded."""
+    put = {}
+
+    def record(bench, work, impl, metric, value, *_, **__):
+        put[work, metric] = value
+
+    monkeypatch.setattr(profile_kernels, "record", record)
+    return put
 
 
-def test_our_kernels_are_found():
-    assert {"_forward", "_backward", "_sum_rates"} <= set(our_kernels())
+def test_a_work_is_recorded_by_kernel(figures):
+    note("a", [*launches_in(TABLE), Launch("fill", 1.0, {})])
+    assert {work: value for (work, metric), value in figures.items() if metric == "time"} == {
+        "a: _forward": 400.0,
+        "a: _backward": 1250.0,
+    }
+    assert figures["a: _forward", "launches"] == 2
+    assert figures["a: _forward", "share of the work"] == pytest.approx(100 * 400 / 1651)
+
+
+@pytest.fixture
+def works(monkeypatch):
+    """Stands for the works of the group "made"; gives the order in which they, and the profiler's marks, came."""
+    came = []
+
+    def make(name, impl="longscan"):
+        def call(x):
+            came.append(name)
+            return 2 * x
+
+        return Work(name, [torch.ones(3, requires_grad=True)], call, 1, 1, impl=impl)
+
+    module = ModuleType("made")
+    module.works = lambda: (
+        make(*w)
+        for w in [("op T 32768 B 1",), ("op T 32768 B 1", "peer"), ("op T 64 B 1",), ("long", "longscan, slice")]
+    )
+    monkeypatch.setitem(sys.modules, "longscan.benchmarks.kernels_made", module)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: came.append("settled"))
+    for mark in ("start", "stop"):
+        monkeypatch.setattr(torch.cuda.profiler, mark, lambda mark=mark: came.append(mark))
+    return came
+
+
+@pytest.mark.parametrize(
+    ("texts", "chosen"),
+    [([], ["op T 32768 B 1", "long, slice"]), (["T 32768"], ["op T 32768 B 1"]), (["slice"], ["long, slice"])],
+)
+def test_works_are_chosen_by_a_part_of_their_names(works, tmp_path, texts, chosen):
+    plan(["made"], texts, tmp_path / "works.json")
+    assert json.loads((tmp_path / "works.json").read_text()) == [["made", name] for name in chosen]
+    assert len(works) == 2 * len(chosen)
+
+
+def test_a_text_in_no_name_is_refused_with_the_names(works, tmp_path):
+    with pytest.raises(SystemExit, match="no work has 'T 64' in its name; known:\nop T 32768 B 1\nlong, slice$"):
+        plan(["made"], ["slice", "T 64"], tmp_path / "works.json")
+    assert not (tmp_path / "works.json").exists()
+
+
+def test_a_work_is_profiled_the_second_time(works):
+    run_work("made", "long, slice")
+    # The shape of its gradient costs a call of its own.
+    assert works == ["long", "long", "settled", "start", "long", "settled", "stop"]
+
+
+@pytest.fixture
+def ncu(monkeypatch):
+    """Stands in for ncu and the processes it watches: what they write and how they end, by the work's name."""
+    ends = {}
+
+    def run(command, cwd):
+        if "--plan" in command:
+            Path(command[command.index("--plan") + 1]).write_text(json.dumps([["made", name] for name in ends]))
+            return SimpleNamespace(returncode=0)
+        assert command[0] == "ncu"
+        name, table = (command[command.index(option) + 1] for option in ("--child", "--log-file"))
+        code, text = ends[name]
+        if text:
+            Path(table).write_text(text)
+        return SimpleNamespace(returncode=code)
+
+    monkeypatch.setattr(profile_kernels.subprocess, "run", run)
+    return ends
+
+
+def test_a_work_that_fails_does_not_take_the_others_with_it(ncu, figures, tmp_path, capsys):
+    ncu |= {"a / 1": (0, TABLE), "b": (1, TABLE), "c": (0, ""), "d": (0, TABLE)}
+    (tmp_path / "c.csv").write_text(TABLE)  # of an earlier call
+    assert profile(["made"], [], tmp_path) == ["b", "c"]
+    assert {work for work, _ in figures} == {
+        f"{name}: {kernel}" for name in ("a / 1", "d") for kernel in ("_forward", "_backward")
+    }
+    assert (tmp_path / "a-1.csv").read_text() == TABLE
+    said = capsys.readouterr().err.splitlines()
+    assert [line.rpartition(", in")[0] for line in said[1:]][::3] == ["a / 1: 3 launches", "d: 3 launches"]
+    assert said[2].startswith("b: FAILED, ncu ended with 1")
+
+
+def test_what_ncu_may_not_do_once_is_not_tried_again(ncu, figures, tmp_path):
+    ncu |= {"a": (1, f"==ERROR== {FORBIDDEN} - No permission"), "b": (0, TABLE)}
+    assert profile(["made"], [], tmp_path) == ["a"]
+    assert not figures
