@@ -157,3 +157,8 @@ def test_on_a_gpu(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     missing, prepared, compiled, near = json.loads(done.stdout)
     assert missing == prepared == compiled == 5 and near
+
+
+def test_its_import_leaves_open_whether_kernels_are_interpreted():
+    script = "import sys, longscan.kernels.precompile; sys.exit('triton' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 0
