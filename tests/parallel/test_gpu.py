@@ -187,17 +187,21 @@ def test_cuda_graphs_hold_cudnns_attention():
 GRAPHED = ["griffin tp2", "griffin tp2-sp", "griffin cp2", "griffin cp2-recomputed", "based cp2", "linearized tp2-sp"]
 
 
-def train_graphed(folder, cases):
-    """What differs in each case on this rank."""
-    rank, found = int(os.environ["RANK"]), {}
+def each_of(folder, cases):
+    """(case, its family, dims and options of training it in bf16 on this rank's GPU), a group of two ranks for each."""
+    rank = int(os.environ["RANK"])
     torch.cuda.set_device(rank)
     for number, case in enumerate(cases):
         family, name = case.split()
         dims, options = LAYOUTS[name]
         place = {"rank": rank, "world_size": 2, "store": f"{folder}/store-{number}", "device": f"cuda:{rank}"}
         with process_group(**place, timeout_seconds=60):
-            found[case] = differing(family, True, dims, device=f"cuda:{rank}", precision="bf16", **options)
-    return found
+            yield case, family, dims, {"device": f"cuda:{rank}", "precision": "bf16", **options}
+
+
+def train_graphed(folder, cases):
+    """What differs in each case on this rank."""
+    return {case: differing(family, True, dims, **options) for case, family, dims, options in each_of(folder, cases)}
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
@@ -212,18 +216,12 @@ COPIED = ["griffin tp2-sp", "griffin tp2-sp-selective", "based tp2-sp", "lineari
 
 def train_copied(folder, cases):
     """What copy engines change in each case on this rank, eagerly and by CUDA graphs."""
-    rank, found = int(os.environ["RANK"]), {}
-    torch.cuda.set_device(rank)
-    for number, case in enumerate(cases):
-        family, name = case.split()
-        dims, options = LAYOUTS[name]
-        place = {"rank": rank, "world_size": 2, "store": f"{folder}/store-{number}", "device": f"cuda:{rank}"}
-        options = {"device": f"cuda:{rank}", "precision": "bf16", **options}
-        with process_group(**place, timeout_seconds=60):
-            plain = train_layout(family, True, dims, **options)
-            for graphs in (False, True):
-                copied = train_layout(family, True, replace(dims, copy_engines=True), cuda_graphs=graphs, **options)
-                found[f"{case} {graphs}"] = [key for key in plain if not torch.equal(plain[key], copied[key])]
+    found = {}
+    for case, family, dims, options in each_of(folder, cases):
+        plain = train_layout(family, True, dims, **options)
+        for graphs in (False, True):
+            copied = train_layout(family, True, replace(dims, copy_engines=True), cuda_graphs=graphs, **options)
+            found[f"{case} {graphs}"] = [key for key in plain if not torch.equal(plain[key], copied[key])]
     return found
 
 

@@ -1,4 +1,5 @@
-"""Copies between peers by flags in shared memory of the host; on GPUs: `test_gpu.py`."""
+"""Copies between peers, by flags in shared memory of the host; over two GPUs of which each rank sees one. More of GPUs
+is in `test_gpu.py`."""
 
 import os
 import struct
