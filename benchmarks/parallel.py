@@ -250,7 +250,8 @@ def compare_steps(
             steps.note(preset, one, taken, peak, impl)
             steps.note(preset, many, *shared, impl)
         gain = tokens_of(many) / shared[0] / (tokens_of(one) / taken)
-        metric = named("speed-up", "CUDA graph" if graphs else "", f"{axis}={place.size} zero={dims.zero}")
+        layout = f"{axis}={place.size} zero={dims.zero}" + (" copy_engines" if copied else "")
+        metric = named("speed-up", "CUDA graph" if graphs else "", layout)
         place.note(rows, metric, gain, "x one GPU", floor)
 
 

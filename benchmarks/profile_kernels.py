@@ -53,6 +53,7 @@ class Counter:
 
 COUNTERS = (
     Counter("dram", "%", ("dram__throughput.avg.pct", "gpu__dram_throughput.avg.pct")),
+    Counter("L2", "%", ("lts__throughput.avg.pct",)),
     Counter("multiprocessors", "%", ("sm__throughput.avg.pct",)),
     Counter("tensor pipe", "%", ("sm__pipe_tensor_cycles_active.avg.pct", "sm__inst_executed_pipe_tensor")),
     Counter("occupancy", "%", ("sm__warps_active.avg.pct",)),

@@ -13,7 +13,6 @@ from .record import ROOT
 from .targets import TARGETS
 
 DOCS = ROOT / "docs"
-# The benches on the kernels' page.
 # Benches with a page of their own.
 ELSEWHERE = ("kernels", "first_call", "sanitize", "profile", "small_models")
 HEAD = """# What was measured
@@ -75,10 +74,14 @@ def kernels_page() -> str:
         for op in dict.fromkeys(op_of(timing.work) for timing in here):
             parts += [f"\n### {op}\n", *_times([timing for timing in here if op_of(timing.work) == op])]
     parts += [TILES, *_tiles()]
-    for bench, title in (("first_call", "First call"), ("sanitize", "compute-sanitizer"), ("profile", "Counters")):
+    for bench, title, table in (
+        ("first_call", "First call", _pivot),
+        ("sanitize", "compute-sanitizer", _pivot),
+        ("profile", "Counters", _counters),
+    ):
         figures = newest(bench)
         if figures:
-            parts += [f"\n## {title}\n", *_pivot(figures)]
+            parts += [f"\n## {title}\n", *table(figures)]
     return "\n".join(parts) + "\n"
 
 
@@ -169,6 +172,23 @@ def _pivot(figures: Sequence[Figure]) -> Iterator[str]:
     for work in dict.fromkeys(figure["work"] for figure in figures):
         values = {figure["metric"]: figure["value"] for figure in figures if figure["work"] == work}
         yield _row(work, *(_number(values.get(metric)) for metric in metrics))
+
+
+def _counters(figures: Sequence[Figure]) -> Iterator[str]:
+    """A row a kernel under the work it belongs to; what its warps wait for in one column, the commonest first."""
+    yield f"{figures[-1]['device']}; {_versions(figures[-1])}; commit {figures[-1]['commit']}\n"
+    shown = ("launches", "time", "share of the work", "tensor pipe", "L2", "dram", "occupancy", "registers")
+    units = {figure["metric"]: figure["unit"] for figure in figures}
+    heads = (f"{name}, {units[name]}" for name in shown[1:])
+    yield from _heading("work", "kernel", shown[0], *heads, "waits, warps an issue")
+    last = None
+    for name in dict.fromkeys(figure["work"] for figure in figures):
+        work, kernel = name.rsplit(": ", 1)
+        values = {figure["metric"]: figure["value"] for figure in figures if figure["work"] == name}
+        waits = sorted(((v, m.removeprefix("waits: ")) for m, v in values.items() if m.startswith("waits: ")))[::-1]
+        told = ", ".join(f"{reason} {value:.1f}" for value, reason in waits[:3])
+        yield _row("" if work == last else work, kernel, *(_number(values.get(metric)) for metric in shown), told)
+        last = work
 
 
 def _heading(*names: str) -> list[str]:

@@ -23,12 +23,19 @@ def lines() -> list[dict]:
     return found + times("linear_cross_entropy 16384 x 2560 x 32000 bf16", "longscan", 1.0, 1.05)
 
 
+COUNTERS = [("launches", 1, "launches"), ("time", 267, "us"), ("share of the work", 32, "%"), ("tensor pipe", 1, "%"),
+            ("L2", 84.5, "%"), ("dram", 75, "%"), ("occupancy", 47, "%"), ("registers", 64, "a thread"),
+            ("waits: wait", 1.9, "warps an issue"), ("waits: barrier", 7, "warps an issue")]  # fmt: skip
+
+
 def test_the_page_tells_what_was_promised_and_every_time(results):
     results(
         *lines(),
         {"work": "w", "impl": "longscan", "metric": "fwd+bwd", "value": 1.0, "bench": "prepare"},
         {"work": "rg_lru: _forward", "impl": "longscan", "metric": "memcheck errors", "value": 0, "unit": "errors",
          "floor": 0, "bench": "sanitize"},
+        *({"work": "rg_lru: _forward", "impl": "longscan", "metric": metric, "value": value, "unit": unit,
+           "bench": "profile"} for metric, value, unit in COUNTERS),
     )  # fmt: skip
     page = report.kernels_page()
     assert "| linear_cross_entropy 16384 x 2560 x 32000 bf16 | x floor | 1 |  | 1.05 | 1.1 | reached |" in page
@@ -37,6 +44,7 @@ def test_the_page_tells_what_was_promised_and_every_time(results):
     assert "| rg_lru (1, 32768, 2560) | x floor |  | 1.2 |  | 1.35 | not measured |" in page
     assert "| rg_lru: _forward | 0 |" in page
     assert "memcheck errors, errors, at most 0" in page
+    assert "| rg_lru | _forward | 1 | 267 | 32 | 1 | 84.5 | 75 | 47 | 64 | barrier 7.0, wait 1.9 |" in page
     assert "| rg_lru | `FORWARD` | `(Tile(" in page
     assert "prepare" not in page
     assert "prepare" in report.page()

@@ -31,7 +31,7 @@ def run_distributed(function, world_size, *args, join=True, timeout=100.0, env=N
         args: JSON values or paths.
         join: make the process group first. Without it the processes only know RANK and WORLD_SIZE.
         timeout: seconds until all are killed.
-        env: more environment variables.
+        env: more environment variables; or a function that gives those of a rank, for processes of their own.
         preload: modules that take seconds to import and that the test file does not import itself. Not for CUDA.
 
     Without a GPU, and where `preload` says so, one process imports the test file and forks into the ranks: importing
@@ -47,7 +47,7 @@ def run_distributed(function, world_size, *args, join=True, timeout=100.0, env=N
         }
         Path(folder, "job.json").write_text(json.dumps(job))
         starts = ["all"] if preload or not torch.cuda.is_available() else range(world_size)
-        workers = [_start(folder, rank, world_size, env or {}) for rank in starts]
+        workers = [_start(folder, rank, world_size, env(rank) if callable(env) else env or {}) for rank in starts]
         try:
             _wait(workers, folder, time.monotonic() + timeout)
         finally:

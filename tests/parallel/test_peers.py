@@ -206,10 +206,7 @@ def test_ranks_of_several_machines_are_refused():
 def exchange_blindly(folder):
     """Whether copies are the collectives where each rank sees its own GPU alone, as workers of Ray do."""
     rank = int(os.environ["RANK"])
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1").split(",")
-    os.environ["CUDA_VISIBLE_DEVICES"] = visible[rank]
     assert torch.cuda.device_count() == 1
-    torch.cuda.set_device(0)
     place = {"rank": rank, "world_size": 2, "store": f"{folder}/store", "device": "cuda:0"}
     with process_group(**place, timeout_seconds=60):
         torch.manual_seed(rank)
@@ -223,7 +220,12 @@ def exchange_blindly(folder):
 @pytest.mark.gpu
 @pytest.mark.skipif("torch.cuda.device_count() < 2", reason="needs two CUDA GPUs")
 def test_a_rank_may_see_its_own_gpu_alone(tmp_path):
-    assert run_distributed(exchange_blindly, 2, tmp_path, join=False) == [True, True]
+    # Set before a process begins: importing Megatron looks at the GPUs.
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1").split(",")
+    alone = run_distributed(
+        exchange_blindly, 2, tmp_path, join=False, env=lambda rank: {"CUDA_VISIBLE_DEVICES": visible[rank]}
+    )
+    assert alone == [True, True]
 
 
 def too_long(folder):
