@@ -77,11 +77,9 @@ def loss_and_gradients(
 
 def pieces(softmax: ModuleType, hidden: Tensor, weight: Tensor, labels: Tensor, cap: float) -> Pieces:
     """(highest, total, target, spread) [N] over the rows of `weight`, with labels counted from its first."""
-    outputs = hidden.new_empty(4, hidden.shape[0], dtype=compute_dtype(hidden))
+    highest, total, target, spread = (hidden.new_empty(hidden.shape[0], dtype=compute_dtype(hidden)) for _ in range(4))
     for rows, logits in _row_chunks(hidden, weight):
-        for output, piece in zip(outputs, softmax.statistics(logits, labels[rows], cap), strict=True):
-            output[rows] = piece
-    highest, total, target, spread = (output.clone() for output in outputs)
+        softmax.statistics(logits, labels[rows], cap, (highest[rows], total[rows], target[rows], spread[rows]))
     return highest, total, target, spread
 
 
@@ -111,7 +109,7 @@ def pieces_gradients(
     else:
         dhidden, dweight = _sum_like(hidden), torch.empty_like(weight)
         for columns, logits in _column_chunks(hidden, weight):
-            softmax.gradient_(logits, labels - columns.start, *by, cap)
+            softmax.gradient_(logits, labels, *by, cap, columns.start)
             torch.mm(logits.t(), hidden, out=dweight[columns])
             _accumulate(dhidden, logits, weight[columns], first=columns.start == 0)
     return dhidden, dweight

@@ -174,9 +174,9 @@ def _forward(
 
 
 @opaque("scaled")
-def _scaled(tensor: Tensor, factor: Tensor, like: Tensor) -> Tensor:
+def _scaled(tensor: Tensor, factor: Tensor, like: Tensor, implementation: str) -> Tensor:
     """tensor * factor in the dtype of `like`, in one pass."""
-    return torch.mul(tensor, factor, out=torch.empty_like(tensor, dtype=like.dtype))
+    return _module(implementation, like).scaled(tensor, factor, like.dtype)
 
 
 @opaque("vocabulary_pieces")
@@ -220,7 +220,7 @@ def _(hidden, weight, labels, ignored, z_loss, smoothing, cap, implementation):
 
 
 @_scaled.register_fake
-def _(tensor, factor, like):
+def _(tensor, factor, like, implementation):
     return torch.empty_like(tensor, dtype=like.dtype)
 
 
@@ -239,14 +239,15 @@ def _like(tensor: Tensor) -> Tensor:
 
 
 def _save(ctx, inputs, output):
-    hidden, weight = inputs[:2]
+    hidden, weight, *_, ctx.implementation = inputs
     _, dhidden, dweight = output
     ctx.save_for_backward(hidden, weight, dhidden, dweight)
 
 
 def _gradients(ctx, dloss: Tensor, *_):
     hidden, weight, dhidden, dweight = ctx.saved_tensors
-    return _scaled(dhidden, dloss, hidden), _scaled(dweight, dloss, weight), *[None] * 6
+    scaled = (_scaled(d, dloss, like, ctx.implementation) for d, like in ((dhidden, hidden), (dweight, weight)))
+    return *scaled, *[None] * 6
 
 
 def _save_pieces(ctx, inputs, output):

@@ -22,17 +22,32 @@ from torch import Tensor
 Pieces = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def statistics(logits: Tensor, labels: Tensor, soft_cap: float) -> Pieces:
-    """(highest, total, target, spread) [n]; `target` is 0 where the label is not a column of these logits."""
-    return _statistics(_capped(logits, soft_cap), labels)[0]
+def statistics(logits: Tensor, labels: Tensor, soft_cap: float, out: Pieces | None = None) -> Pieces:
+    """(highest, total, target, spread) [n], in `out` if given; `target` is 0 where the label is none of the columns."""
+    pieces = _statistics(_capped(logits, soft_cap), labels)[0]
+    if out is None:
+        return pieces
+    for into, piece in zip(out, pieces, strict=True):
+        into.copy_(piece)
+    return out
 
 
 def gradient_(
-    logits: Tensor, labels: Tensor, highest: Tensor, by_total: Tensor, by_target: Tensor, by_spread: Tensor, cap: float
+    logits: Tensor,
+    labels: Tensor,
+    highest: Tensor,
+    by_total: Tensor,
+    by_target: Tensor,
+    by_spread: Tensor,
+    cap: float,
+    first: int = 0,
 ) -> None:
-    """Overwrites the logits by their gradient; by_total, by_target and by_spread are [n]."""
+    """Overwrites the logits by their gradient; by_total, by_target and by_spread are [n].
+
+    The labels are counted from a column that is `first` columns before these logits.
+    """
     scores = _capped(logits, cap)
-    _write_gradient(logits, scores, _weights(scores, highest), labels, by_total, by_target, by_spread, cap)
+    _write_gradient(logits, scores, _weights(scores, highest), labels - first, by_total, by_target, by_spread, cap)
 
 
 def loss_and_gradient_(
@@ -55,6 +70,11 @@ def loss(pieces: Pieces, labels: Tensor, vocabulary: int, ignored: int, z_loss: 
     lse = highest + total.log()
     losses = lse - (1 - smoothing) * target - smoothing / vocabulary * spread + z_loss * lse.square()
     return losses.where(labels != ignored, 0)
+
+
+def scaled(tensor: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """tensor * factor, computed in the factor's dtype and rounded once, to `dtype`; factor has no dimensions."""
+    return torch.mul(tensor.to(factor.dtype), factor, out=torch.empty_like(tensor, dtype=dtype))
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:

@@ -1,5 +1,7 @@
 """linear_cross_entropy held to torch's own cross entropy in float64."""
 
+import importlib
+
 import pytest
 import torch
 
@@ -151,6 +153,43 @@ def test_kernel_of_programs_that_stay(vocabulary, reduction, options, device, mo
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 def test_kernel_within_bar_on_gpu(reduction, shape, dtype, options):
     kernel_against_bar(dtype, {**options, "reduction": reduction}, shape, "cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("shape", [(0, 3), (1, 1), (3, 1000)], ids=str)
+def test_scaling_rounds_once(shape, dtype, device):
+    """A factor that 16 bits cannot hold, on gradients in fp32 and in 16 bits."""
+    from longscan.kernels.cross_entropy import kernel, reference
+
+    factor = torch.tensor(1.0001, device=device)
+    for given in (torch.float32, torch.float16):
+        tensor = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, given)
+        expected = (tensor.float() * factor).to(dtype)
+        for module in (kernel, reference):
+            found = module.scaled(tensor, factor, dtype)
+            assert found.dtype == dtype and torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "triton"])
+def test_loss_scale_is_not_rounded_to_the_gradients_dtype(implementation, device):
+    inputs, labels = make(10, 6, 37, torch.float16, device)
+    loss = linear_cross_entropy(*inputs, labels, implementation=implementation)
+    ones, scaled = (
+        torch.autograd.grad(loss, inputs, torch.tensor(f, device=device), retain_graph=True) for f in (1.0, 1.0003)
+    )
+    assert torch.equal(scaled[0], (ones[0].float() * 1.0003).half()) and not torch.equal(scaled[0], ones[0])
+
+
+@pytest.mark.parametrize("implementation", ["reference", "triton"])
+def test_statistics_in_place(implementation, device):
+    softmax = importlib.import_module(f"longscan.kernels.cross_entropy.{implementation.replace('triton', 'kernel')}")
+    logits = torch.randn(5, 37, generator=torch.Generator().manual_seed(0)).to(device)
+    labels = torch.tensor([0, 36, 37, -1, 5], device=device)
+    held = torch.full((4, 7), float("nan"), device=device)
+    given = tuple(row[1:6] for row in held)
+    softmax.statistics(logits, labels, 0.0, given)
+    assert torch.equal(torch.stack(softmax.statistics(logits, labels, 0.0)), held[:, 1:6])
+    assert held[:, [0, 6]].isnan().all()
 
 
 def test_ignored_rows_count_for_nothing(device):
