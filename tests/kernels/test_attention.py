@@ -86,6 +86,8 @@ KERNEL_CASES = [
     (1, 63, 6, 2, 13, 16, 40, None, False, True, torch.float16),
     (1, 150, 10, 1, 9, 16, 16, 30, True, False, torch.float16),
     (1, 200, 2, 2, 0, 16, 16, 150, False, True, torch.float16),
+    # Rows enough that walks over them go round.
+    (1, 330, 2, 1, 9, 16, 16, 140, True, False, torch.float32),
     (1, 150, 3, 1, 5, 16, 16, None, False, False, torch.float16),
     (1, 150, 4, 2, 0, 16, 16, None, True, True, torch.float16),
     (1, 30, 2, 1, 3, 136, 130, None, True, True, torch.float16),
