@@ -4,11 +4,12 @@
 
 Each work has processes of its own, so one that fails takes none with it, and works on other GPUs may run beside.
 
-- cp: forward and backward of a stack of blocks, one row over the GPUs; gradients of weights are not summed.
+- cp: forward and backward of a stack of blocks, one row over the GPUs, eagerly and as one CUDA graph of the stack on
+  either side; gradients of weights are not summed.
 - exchanges: the bytes a block receives under context parallelism, and the share of a step that exchanges cost: the
   step less one whose exchanges return at once.
-- tp: the same as cp with tensor and sequence parallelism; eagerly, as one CUDA graph of the stack on either side, for
-  in short rows the host is slower than the GPU, and, which is promised, with rows that travel by copy engines.
+- tp: the same as cp with tensor and sequence parallelism, and as a graph with rows that travel by copy engines, which
+  is promised: in short rows the host is slower than the GPU.
 - zero: whole steps, update included, of replicas under ZeRO 1, against ZeRO 0 on one GPU.
 - steps: whole steps under context and under tensor parallelism, these eagerly, and with CUDA graphs and copy engines.
   With those of zero the simulator is compared.
@@ -95,7 +96,8 @@ def cp(place: Place, scale: Scale) -> None:
     with place.together("cp"):
         for preset, depth in scale.stacks.items():
             for tokens, recompute in scale.rows:
-                compare_stacks(place, Shape(preset, range(depth), 1, tokens, recompute), dims, "context", 1.9)
+                shape = Shape(preset, range(depth), 1, tokens, recompute)
+                compare_stacks(place, shape, dims, "context", 1.9, recorder_of(place))
 
 
 def tp(place: Place, scale: Scale) -> None:
@@ -104,8 +106,12 @@ def tp(place: Place, scale: Scale) -> None:
     with place.together("tp"):
         for rows, tokens in scale.tensor_rows:
             shape = Shape(scale.preset, range(scale.stacks[scale.preset]), rows, tokens)
-            recorder = CudaRecorder(place.device) if has_graphs(place) else None
-            compare_stacks(place, shape, dims, "tensor", 1.7, recorder)
+            compare_stacks(place, shape, dims, "tensor", 1.7, recorder_of(place))
+
+
+def recorder_of(place: Place) -> Recorder | None:
+    """What records CUDA graphs, where they are measured."""
+    return CudaRecorder(place.device) if has_graphs(place) else None
 
 
 def has_graphs(place: Place) -> bool:
