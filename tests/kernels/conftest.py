@@ -13,12 +13,21 @@ import torch
 
 from longscan.kernels import Segments
 
-sys.path.insert(0, str(Path(__file__).parent))  # for what these tests share: sass.py
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))  # for what these tests share: sass.py
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     # Read when triton is first imported, which the first kernel call does.
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Where there is a GPU, what runs on `device` is the GPU's: `make test-gpu` runs it, `make test` does not."""
+    for item in items:
+        if DEVICE == "cuda" and "device" in getattr(item, "fixturenames", ()) and HERE in item.path.parents:
+            item.add_marker(pytest.mark.gpu)
 
 
 @pytest.fixture(scope="session")
