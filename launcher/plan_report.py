@@ -113,7 +113,17 @@ def load_of(config: Config, index: int, gpus: int | None) -> Load:
     rows = max(1, config.batch.tokens // stage.seq_len)
     batches = math.ceil(rows / micro_rows / data)
     precision = "bf16" if config.precision == "auto" else config.precision
-    return Load(config.model, dims, stage.seq_len, micro_rows, batches, precision, config.run.activation_checkpoint)
+    run = config.run
+    return Load(
+        config.model,
+        dims,
+        stage.seq_len,
+        micro_rows,
+        batches,
+        precision,
+        run.activation_checkpoint,
+        run.cuda_graphs,
+    )
 
 
 def _title(load: Load) -> str:

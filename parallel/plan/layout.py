@@ -121,7 +121,9 @@ class Plan:
             plan = Plan(load, self.cluster)
             if plan.fits:
                 rate = simulate(load, self.cluster).rate if load.precision == "bf16" else None
-                yield Remedy(load, (*(f"{key}={value}" for key, value in chosen), *extra), plan.largest, rate)
+                yield Remedy(
+                    load, (*(f"{key}={str(value).lower()}" for key, value in chosen), *extra), plan.largest, rate
+                )
 
 
 def _changes(load: Load) -> Iterator[tuple[str, int | str | bool]]:
@@ -141,6 +143,8 @@ def _changes(load: Load) -> Iterator[tuple[str, int | str | bool]]:
         yield "parallel.sequence_parallel", True
     if not dims.offload_optimizer:
         yield "parallel.offload_optimizer", True
+    if load.cuda_graphs:
+        yield "run.cuda_graphs", False
 
 
 def _apply(load: Load, changes: dict[str, int | str | bool], gpus: int) -> Load | None:
@@ -159,4 +163,6 @@ def _apply(load: Load, changes: dict[str, int | str | bool], gpus: int) -> Load 
     micro_rows = int(changes.get("batch.micro_rows", load.micro_rows))
     checkpointing = str(changes.get("run.activation_checkpoint", load.checkpointing))
     batches = math.ceil(rows / micro_rows / data)
-    return replace(load, dims=dims, micro_rows=micro_rows, micro_batches=batches, checkpointing=checkpointing)
+    load = replace(load, dims=dims, micro_rows=micro_rows, micro_batches=batches, checkpointing=checkpointing)
+    load = replace(load, cuda_graphs=bool(changes.get("run.cuda_graphs", load.cuda_graphs)))
+    return None if load.cuda_graphs and not load.fits_graphs else load

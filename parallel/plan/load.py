@@ -23,6 +23,7 @@ class Load:
         micro_batches: micro-batches a replica takes a step.
         precision: "bf16" or "fp32".
         checkpointing: what of a block is computed again, one of `models.block.ACTIVATION_CHECKPOINTS`.
+        cuda_graphs: whether micro-batches are to be CUDA graphs, which not every layout can be.
     """
 
     model: ModelConfig
@@ -32,6 +33,12 @@ class Load:
     micro_batches: int = 1
     precision: str = "bf16"
     checkpointing: str = "none"
+    cuda_graphs: bool = False
+
+    @property
+    def fits_graphs(self) -> bool:
+        """Whether nothing of a micro-batch is the host's work: DeepSpeed's hooks, a pipeline's turns, copies to it."""
+        return self.dims.zero == 0 and self.dims.pipeline == 1 and self.checkpointing != "offload"
 
     @property
     def element(self) -> int:

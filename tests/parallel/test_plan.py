@@ -8,6 +8,8 @@ from longscan.parallel import ParallelDims
 from longscan.parallel.plan import GIB, GPUS, Cluster, Load, Plan, find_gpu
 from longscan.parallel.plan.layout import Place
 
+NO_ZERO = ParallelDims(zero=0)
+
 
 def plan_of(preset="griffin-1.3b", dims=None, seq_len=8192, gpu="h100", **fields):
     model = config_from_mapping({**load_preset(preset), "vocab_size": 32000})
@@ -58,6 +60,16 @@ def test_more_gpus_are_named_where_changes_do_not_suffice():
     assert not plan.fits and remedies
     assert all("GPUs" in remedy.changes[-1] and remedy.load.dims.world_size > 1 for remedy in remedies)
     assert all(Plan(remedy.load, plan.cluster).fits for remedy in remedies)
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_a_run_of_cuda_graphs_is_told_what_it_can_take(graphs):
+    changes = [found.changes for found in plan_of(dims=NO_ZERO, seq_len=32768, cuda_graphs=graphs).remedies()]
+    assert ("run.activation_checkpoint=full",) in changes
+    hosts = [found for found in changes if any(key in str(found) for key in ("offload", "zero", "pipeline"))]
+    assert bool(hosts) != graphs
+    already = plan_of(seq_len=32768, cuda_graphs=True).remedies()
+    assert already and all("run.cuda_graphs=false" in found.changes for found in already), "ZeRO 1 is set"
 
 
 def test_a_layout_that_fits_needs_no_remedy():
