@@ -1,4 +1,4 @@
-"""Attention in Triton: a pass for y, and backward a pass for dq and one for dk and dv; no atomics, nothing shared.
+"""Attention in Triton: a pass for y, and backward a pass for dq and one for dk and dv; no sum is shared.
 
 The queries of a key head are laid out as rows: with G = H / Hkv query heads to a key head, row r is head r % G of
 token r // G. A block of rows then holds all heads of a few tokens, so a key block is loaded once for the whole group,
@@ -6,9 +6,9 @@ a block is hardly wider than its window, and dk and dv sum over the group's head
 without padding.
 
 A block meets only keys that one of its rows may keep, and masks only the edge blocks among them: the blocks that
-every row keeps whole go through a loop of their own. Under ALiBi, `reach` bounds the distance at which a weight can
+every row keeps whole go through a loop of their own. Under ALiBi, `_reach` bounds the distance at which a weight can
 exceed 2^-48 of its row's largest, so steep heads meet few keys and lose nothing that fp32 could hold. Every sum has
-one fixed order, so bits repeat.
+one fixed order, so bits repeat; the only atomics are those of maxima, which any order leaves the same.
 
 Scores are in base 2. Indices carry i_, offsets o_, loaded blocks b_, pointers p_ and flags m_.
 """
@@ -20,6 +20,7 @@ Scores are in base 2. Indices carry i_, offsets o_, loaded blocks b_, pointers p
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -29,14 +30,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..dispatch import on
+from ..dispatch import log_choice, on
 from ..sizes import cdiv, next_power_of_2
 from .scoring import Scoring, statistics_shape
 
 LOG2_E = math.log2(math.e)
 # A key below 2^-48 of its row's largest weight is not met: 2^24 such keys stay under the last bit of fp32.
-NEGLIGIBLE = 48.0
+NEGLIGIBLE = tl.constexpr(48.0)
 NEVER = tl.constexpr(-(2**30))
+# A reach that every distance is below.
+EVERYWHERE = tl.constexpr(2**29)
 
 
 class Tile(NamedTuple):
@@ -54,6 +57,10 @@ MOST_SHARED = 128
 # With a window of at most so many keys hardly a block is whole: every block is masked, in one loop whose loads all
 # begin at once.
 NARROW = 128
+# Of fewer tokens hopper.py's kernel is not measured.
+LEAST_TOKENS = 2048
+# Elements of a block whose norms are compared: 64 a thread, in loads that all begin at once.
+NORMS_BLOCK = 16384
 
 # By padded head dim, for 16-bit inputs; smaller heads take the first. The fastest of those that
 # benchmarks.kernels_attention times on an H100, where query heads share a key head under a window.
@@ -66,7 +73,6 @@ TILES: dict[str, dict[int, Tile]] = {
 }
 # Likewise where each query head has a key head of its own, or the window is narrow, if another tile.
 SINGLE_TILES: dict[str, dict[int, Tile]] = {
-    "forward": {128: Tile(128, 128, 8, 2)},
     "dq": {128: Tile(128, 64, 8, 3)},
 }
 NARROW_TILES: dict[str, dict[int, Tile]] = {
@@ -86,7 +92,25 @@ def tile_of(work: str, dtype: torch.dtype, dim: int, groups: int, window: int) -
 
 
 @triton.jit
-def _row_span(p_doc_start, p_reach, i_low, i_high, tokens, keys, offset, window):
+def _reach(p_slopes, p_norms, factor, HEADS: tl.constexpr, GROUPS: tl.constexpr):
+    """At larger distances than this from its nearest key, no query of this program's heads gives a weight.
+
+    Scores lie within +-bound = factor |q| |k| of 0, so a key `d` farther than another has a weight, relative to it, of
+    at most 2^(2 bound - slope d). Of several heads, the largest; a slope not above 0, or a bound that is infinite or
+    NaN, reaches everywhere.
+    """
+    o_head = tl.program_id(1) * GROUPS + tl.arange(0, triton.next_power_of_2(GROUPS)) % GROUPS
+    p_row = p_norms + tl.program_id(2) * (HEADS + HEADS // GROUPS)
+    b_q = tl.sqrt(tl.load(p_row + o_head))
+    b_k = tl.sqrt(tl.load(p_row + HEADS + tl.program_id(1)))
+    b_slope = tl.load(p_slopes + o_head) * 1.4426950408889634
+    b_far = (2 * factor * b_q * b_k + NEGLIGIBLE) / b_slope
+    b_far = tl.where((b_slope > 0) & (b_far < EVERYWHERE), tl.ceil(b_far), EVERYWHERE)
+    return tl.max(b_far, 0).to(tl.int32)
+
+
+@triton.jit
+def _row_span(p_doc_start, reach, i_low, i_high, tokens, keys, offset, window):
     """(start, stop) of the keys that some of queries i_low to i_high keep, (first, end) of those that all keep."""
     i_batch = tl.program_id(2).to(tl.int64)
     low, high = i_low - window + 1, i_high - window + 1
@@ -94,12 +118,44 @@ def _row_span(p_doc_start, p_reach, i_low, i_high, tokens, keys, offset, window)
         low = tl.maximum(low, tl.load(p_doc_start + i_batch * tokens + i_low))
         high = tl.maximum(high, tl.load(p_doc_start + i_batch * tokens + i_high))
     last = keys - 1 + offset
-    if p_reach is not None:
-        reach = tl.load(p_reach + i_batch * tl.num_programs(1) + tl.program_id(1))
+    if reach is not None:
         low = tl.maximum(low, tl.minimum(i_low, last) - reach)
     stop = tl.minimum(i_high, last) - offset + 1
     start = tl.minimum(tl.maximum(low - offset, 0), stop)
     return start, stop, high - offset, tl.minimum(i_low, last) - offset + 1
+
+
+@triton.jit
+def _largest_norm(p, tokens, i_head, HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_D, BLOCK_M: tl.constexpr):
+    """The bits of the largest |x|^2 of a head in BLOCK_M tokens of x [B, T, HEADS, DIM]; NaN's are above all others."""
+    i_token = tl.program_id(0) * BLOCK_M
+    o_token = tl.arange(0, BLOCK_M)
+    base = (tl.program_id(2).to(tl.int64) * tokens + i_token) * HEADS + i_head
+    b = _load(p, base, o_token * HEADS, o_token < tokens - i_token, DIM, BLOCK_D).to(tl.float32)
+    # Of a NaN the sign may be set, of another square not.
+    return tl.max(tl.sum(b * b, 1).to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0)
+
+
+@triton.jit
+def _norms(
+    p_q,
+    p_k,
+    p_norms,
+    tokens,
+    keys,
+    HEADS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """A block's part in the largest squared norms [B, H + Hkv] of queries and keys, at first 0, written as bits."""
+    i_head = tl.program_id(1)
+    if i_head < HEADS:
+        b = _largest_norm(p_q, tokens, i_head, HEADS, DIM, BLOCK_D, BLOCK_M)
+    else:
+        b = _largest_norm(p_k, keys, i_head - HEADS, HEADS // GROUPS, DIM, BLOCK_D, BLOCK_M)
+    tl.atomic_max(p_norms + tl.program_id(2) * tl.num_programs(1) + i_head, b, sem="relaxed")
 
 
 @triton.jit
@@ -288,7 +344,7 @@ def _forward(
     p_v,
     p_doc_start,
     p_slopes,
-    p_reach,
+    p_norms,
     p_y,
     p_lse,
     tokens,
@@ -313,7 +369,8 @@ def _forward(
     i_row = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
     i_high = tl.minimum((i_row + BLOCK_M - 1) // GROUPS, tokens - 1)
     o_query, o_group, base, o_place, mask = _rows(i_row, tokens, HEADS, GROUPS, BLOCK_M)
-    start, stop, first, end = _row_span(p_doc_start, p_reach, i_row // GROUPS, i_high, tokens, keys, offset, window)
+    reach = _reach(p_slopes, p_norms, factor, HEADS, GROUPS) if BIASED else None
+    start, stop, first, end = _row_span(p_doc_start, reach, i_row // GROUPS, i_high, tokens, keys, offset, window)
     left, inner, inner_end, edges = _cut(start, stop, first, end, BLOCK_N, INNER)
     o_first, o_last = _row_limits(p_doc_start, o_query, mask, tokens, keys, offset, window)
     key_base = tl.program_id(2).to(tl.int64) * keys * KEY_HEADS + tl.program_id(1)
@@ -402,7 +459,7 @@ def _backward_queries(
     p_lse,
     p_doc_start,
     p_slopes,
-    p_reach,
+    p_norms,
     p_dq,
     p_delta,
     tokens,
@@ -428,7 +485,8 @@ def _backward_queries(
     i_row = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
     i_high = tl.minimum((i_row + BLOCK_M - 1) // GROUPS, tokens - 1)
     o_query, o_group, base, o_place, mask = _rows(i_row, tokens, HEADS, GROUPS, BLOCK_M)
-    start, stop, first, end = _row_span(p_doc_start, p_reach, i_row // GROUPS, i_high, tokens, keys, offset, window)
+    reach = _reach(p_slopes, p_norms, factor, HEADS, GROUPS) if BIASED else None
+    start, stop, first, end = _row_span(p_doc_start, reach, i_row // GROUPS, i_high, tokens, keys, offset, window)
     left, inner, inner_end, edges = _cut(start, stop, first, end, BLOCK_N, INNER)
     o_first, o_last = _row_limits(p_doc_start, o_query, mask, tokens, keys, offset, window)
     key_base = tl.program_id(2).to(tl.int64) * keys * KEY_HEADS + tl.program_id(1)
@@ -515,17 +573,17 @@ def _gather(
 
 
 @triton.jit
-def _turn(inner, inner_end, tokens, window, GROUPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def _turn(inner, inner_end, window, GROUPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Rows past the first inner one at which a walk over them begins, to go round; a multiple of BLOCK_M.
 
     Neighbouring key blocks share most of their rows and programs run in step. Began each at its own first row, all
     would have read more than L2 holds before a row came round again: at a window of 2,048 and 16 heads of 128 on an
     H100, 4.5 GB from DRAM, 64% of what it can. So they begin at multiples of a period, the inner rows of a whole span,
-    and read the same rows at the same time. Without a window the spans differ, and each begins at its first.
+    and read the same rows at the same time.
     """
     period = tl.maximum((window - BLOCK_N + 1) * GROUPS // BLOCK_M * BLOCK_M, BLOCK_M)
     turn = (period - inner % period) // BLOCK_M * BLOCK_M
-    return tl.where((window < tokens) & (turn < inner_end - inner), turn, 0)
+    return tl.where(turn < inner_end - inner, turn, 0)
 
 
 @triton.jit
@@ -538,7 +596,7 @@ def _backward_keys(
     p_delta,
     p_until,
     p_slopes,
-    p_reach,
+    p_norms,
     p_dk,
     p_dv,
     tokens,
@@ -557,11 +615,13 @@ def _backward_keys(
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
     INNER: tl.constexpr,
+    TURN: tl.constexpr,
 ):
     """dk and dv of a block of keys, over all rows that keep one of them; one alone where the other's pointer is None.
 
     The key at position p is kept by queries max(p, 0) to min(until, p + window) - 1; `until` [B, T_k] is where the
-    documents end that see it.
+    documents end that see it. TURN for a window smaller than the rows: without one the spans of key blocks differ, and
+    each walk begins at its first row.
     """
     KEY_HEADS: tl.constexpr = HEADS // GROUPS
     DK: tl.constexpr = p_dk is not None
@@ -579,9 +639,8 @@ def _backward_keys(
         o_until = tl.minimum(o_until, tl.load(p_until + i_key + o_block, mask=m_key, other=0))
         stop = tl.minimum(stop, tl.load(p_until + i_last))
         end = tl.minimum(end, tl.load(p_until + i_key))
-    if p_reach is not None:
-        reach = tl.load(p_reach + i_batch * tl.num_programs(1) + tl.program_id(1))
-        stop = tl.minimum(stop, i_last + offset + 1 + reach)
+    if p_slopes is not None:
+        stop = tl.minimum(stop, i_last + offset + 1 + _reach(p_slopes, p_norms, factor, HEADS, GROUPS))
     stop = tl.minimum(stop, tokens)
     start = tl.minimum(tl.maximum(i_key + offset, 0), stop)
     # Even rows at which blocks begin let the statistics be loaded by pairs.
@@ -589,7 +648,6 @@ def _backward_keys(
     left, inner, inner_end, edges = _cut(
         i_first, stop * GROUPS, tl.maximum(i_last + offset, 0) * GROUPS, end * GROUPS, BLOCK_M, INNER
     )
-    turn = _turn(inner, inner_end, tokens, window, GROUPS, BLOCK_M, BLOCK_N)
     base = (i_batch * keys + i_key) * KEY_HEADS + tl.program_id(1)
     o_place = o_block * KEY_HEADS
     b_k = _load(p_k, base, o_place, m_key, KEY_DIM, BLOCK_K)
@@ -603,8 +661,9 @@ def _backward_keys(
             factor, HEADS, GROUPS, KEY_DIM, VALUE_DIM, BLOCK_K, BLOCK_V, BLOCK_M, BLOCK_N, PRECISION, DK, DV, True
         )  # fmt: skip
     if INNER:
+        turn = _turn(inner, inner_end, window, GROUPS, BLOCK_M, BLOCK_N) if TURN else 0
         for i in range(inner + turn, inner_end + turn, BLOCK_M):
-            i_row = tl.where(i < inner_end, i, i - (inner_end - inner))
+            i_row = tl.where(i < inner_end, i, i - (inner_end - inner)) if TURN else i
             b_dk, b_dv = _gather(
                 b_dk, b_dv, b_k, b_v, o_key, o_until, p_dy, p_q, p_lse, p_delta, p_slopes, i_row, i_key + offset,
                 tokens, factor, HEADS, GROUPS, KEY_DIM, VALUE_DIM, BLOCK_K, BLOCK_V, BLOCK_M, BLOCK_N, PRECISION, DK,
@@ -620,12 +679,35 @@ def forward(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> tuple[Tensor, 
     """(y [B, T, H, V], base-2 log-sum-exp of the scores [B, Hkv, T * G]); see op.py."""
     q, k, v, *rules = _packed(q, k, v, scoring.doc_start, scoring.slopes)
     scoring = scoring._replace(doc_start=rules[0], slopes=rules[1])
-    y = q.new_empty(*q.shape[:3], v.shape[3])
-    lse = q.new_empty(statistics_shape(q, k), dtype=torch.float32)
     with _on(q):
-        optional = (scoring.doc_start, scoring.slopes, _reach(q, k, scoring))
-        _launch("forward", _forward, (q, k, v, *optional, y, lse), q, k, v, scoring)
+        norms = largest_norms(q, k, scoring)
+        if covers(q, k, v, scoring):
+            from . import hopper
+
+            log_choice("attention forward", "cuda", q.dtype, "triton", "hopper")
+            return hopper.forward(q, k, v, norms, scoring)
+        y = q.new_empty(*q.shape[:3], v.shape[3])
+        lse = q.new_empty(statistics_shape(q, k), dtype=torch.float32)
+        _launch("forward", _forward, (q, k, v, scoring.doc_start, scoring.slopes, norms, y, lse), q, k, v, scoring)
     return y, lse
+
+
+def covers(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> bool:
+    """Whether hopper.py's kernel computes the forward pass of these contiguous tensors.
+
+    It does on a GPU of capability 9.0, for heads of 128 in 16 bits, from LEAST_TOKENS queries on, where the last key
+    is the last query's own. TMA takes keys and values from addresses of 16 bytes.
+    """
+    square = LEAST_TOKENS <= q.shape[1] == k.shape[1] + scoring.key_offset
+    heads = q.shape[3] == v.shape[3] == 128 and q.dtype in (torch.bfloat16, torch.float16)
+    if not (q.is_cuda and square and heads and _is_hopper(q.device.index)):
+        return False
+    return k.data_ptr() % 16 == 0 == v.data_ptr() % 16
+
+
+@functools.cache
+def _is_hopper(device: int) -> bool:
+    return torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def backward(
@@ -635,35 +717,44 @@ def backward(
     dy, q, k, v, *rules = _packed(dy, q, k, v, scoring.doc_start, scoring.slopes)
     scoring = scoring._replace(doc_start=rules[0], slopes=rules[1])
     with _on(q):
-        reach = _reach(q, k, scoring)
-        dq, delta = backward_queries(dy, q, k, v, y, lse, reach, scoring)
-        return dq, *backward_keys(dy, q, k, v, lse, delta, reach, scoring)
+        norms = largest_norms(q, k, scoring)
+        dq, delta = backward_queries(dy, q, k, v, y, lse, norms, scoring)
+        return dq, *backward_keys(dy, q, k, v, lse, delta, norms, scoring)
 
 
 def backward_queries(
-    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, reach: Tensor | None, scoring: Scoring
+    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, norms: Tensor | None, scoring: Scoring
 ) -> tuple[Tensor, Tensor]:
     """(dq, delta [B, Hkv, T * G]) of contiguous inputs."""
     dq, delta = torch.empty_like(q), torch.empty_like(lse)
-    tensors = (dy, q, k, v, y, lse, scoring.doc_start, scoring.slopes, reach, dq, delta)
+    tensors = (dy, q, k, v, y, lse, scoring.doc_start, scoring.slopes, norms, dq, delta)
     _launch("dq", _backward_queries, tensors, q, k, v, scoring, scoring.scale)
     return dq, delta
 
 
 def backward_keys(
-    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, reach: Tensor | None, scoring: Scoring
+    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, norms: Tensor | None, scoring: Scoring
 ) -> tuple[Tensor, Tensor]:
     """(dk, dv) of contiguous inputs: in one pass, or for heads wider than MOST_SHARED in one each."""
     dk, dv = torch.empty_like(k), torch.empty_like(v)
-    tensors = (dy, q, k, v, lse, delta, _until(k, scoring), scoring.slopes, reach)
+    tensors = (dy, q, k, v, lse, delta, _until(k, scoring), scoring.slopes, norms)
     both = max(q.shape[3], v.shape[3]) <= MOST_SHARED
     for work, pair in {"dkv": (dk, dv)}.items() if both else {"dv": (None, dv), "dk": (dk, None)}.items():
-        _launch(work, _backward_keys, (*tensors, *pair), q, k, v, scoring, scoring.scale)
+        turn = scoring.window is not None and scoring.window < q.shape[1]
+        _launch(work, _backward_keys, (*tensors, *pair), q, k, v, scoring, scoring.scale, TURN=turn)
     return dk, dv
 
 
 def _launch(
-    work: str, kernel: Any, tensors: Sequence[Tensor | None], q: Tensor, k: Tensor, v: Tensor, scoring: Scoring, *last
+    work: str,
+    kernel: Any,
+    tensors: Sequence[Tensor | None],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scoring: Scoring,
+    *last,
+    **constants,
 ) -> None:
     """Runs a pass: a program for each block of its rows ("forward", "dq") or keys, key head and batch row."""
     block_k, block_v = (max(16, next_power_of_2(t.shape[3])) for t in (q, v))
@@ -692,24 +783,34 @@ def _launch(
         BLOCK_N=tile.keys,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         INNER=window > NARROW,
+        **constants,
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
 
 
-def _reach(q: Tensor, k: Tensor, scoring: Scoring) -> Tensor | None:
-    """int32 [B, Hkv]: at larger distances than this from its nearest key, no query of the group gives a weight.
-
-    Scores lie within +-bound = scale |q| |k| of 0, so a key `d` farther than another has a weight, relative to it, of
-    at most exp(2 bound - slope d). None without ALiBi.
-    """
+def largest_norms(q: Tensor, k: Tensor, scoring: Scoring) -> Tensor | None:
+    """fp32 [B, H + Hkv]: the largest |q|^2 of each head and the largest |k|^2; None without ALiBi."""
     if scoring.slopes is None:
         return None
-    q_norm, k_norm = (torch.linalg.vector_norm(t, dim=-1, dtype=torch.float32).amax(1) for t in (q, k))
-    groups = q.shape[2] // k.shape[2]
-    bound = 2 * scoring.scale * q_norm * k_norm.repeat_interleave(groups, 1) + NEGLIGIBLE / LOG2_E
-    far = torch.where(scoring.slopes > 0, bound / scoring.slopes, torch.inf).nan_to_num(torch.inf)
-    return far.clamp(max=2**29).ceil().view(q.shape[0], k.shape[2], groups).amax(2).to(torch.int32)
+    (batch, tokens, heads, dim), key_heads = q.shape, k.shape[2]
+    norms = q.new_zeros(batch, heads + key_heads, dtype=torch.float32)
+    block_d = max(16, next_power_of_2(dim))
+    block_m = NORMS_BLOCK // block_d
+    _norms[cdiv(max(tokens, k.shape[1]), block_m), heads + key_heads, batch](
+        q,
+        k,
+        norms.view(torch.int32),
+        tokens,
+        k.shape[1],
+        HEADS=heads,
+        GROUPS=heads // key_heads,
+        DIM=dim,
+        BLOCK_D=block_d,
+        BLOCK_M=block_m,
+        num_warps=8,
+    )
+    return norms
 
 
 def _until(k: Tensor, scoring: Scoring) -> Tensor | None:

@@ -1,5 +1,7 @@
 """attention held to a T x T softmax in float64."""
 
+import math
+
 import pytest
 import torch
 
@@ -19,7 +21,7 @@ def make(batch, tokens, heads, key_heads, halo=0, dtype=torch.float64, key=8, va
 
 
 def slopes_of(heads, device="cpu"):
-    """Steep to flat: 2 to 2^-5, so that `reach` cuts some heads short even at these lengths."""
+    """Steep to flat: 2 to 2^-5, so that their reach cuts some heads short even at these lengths."""
     return torch.logspace(1, -5, heads, base=2.0, device=device)
 
 
@@ -171,21 +173,84 @@ def test_kernel_takes_strided_inputs(device):
     assert torch.equal(attention(q, k, v, window=9, implementation="triton"), packed)
 
 
-def test_reach_keeps_every_weight_that_counts():
-    """Beyond it, and not before an eighth of it for random inputs, weights vanish under the largest."""
+def marked(q, k, v, slopes, device):
+    """Which rows met key 0, [T, H], and which keys the last row, [T, Hkv]: there NaN spreads from its v, or its dy.
+
+    Of the last row of the batch.
+    """
+    there = [t.detach().clone().to(device).requires_grad_() for t in (q, k, v)]
+
+    def gradients(value, last):
+        y = attention(there[0], there[1], value, alibi_slopes=slopes.to(device), implementation="triton")
+        dy = torch.ones_like(y)
+        dy[:, -1] = last
+        return y, *torch.autograd.grad(y, [*there[:2], value], dy)
+
+    value = there[2].detach().clone()
+    value[:, 0] = torch.nan
+    y, dq, _, _ = gradients(value.requires_grad_(), 1.0)
+    _, _, dk, dv = gradients(there[2], torch.nan)
+    rows, rows_again, keys, keys_again = (t[-1].isnan().all(-1).cpu() for t in (y, dq, dv, dk))
+    assert torch.equal(rows, rows_again) and torch.equal(keys, keys_again)
+    return rows, keys
+
+
+def test_reach_keeps_every_weight_that_counts(device):
+    """Keys that are not met have weights that vanish under the largest; none is met a block beyond the bound."""
+    tokens = 310
+    q, k, v = make(1, tokens, 4, 4, dtype=torch.float32, key=16, value=16)
+    slopes = torch.tensor([1.0, 0.5, 0.3, 0.0])
+    rows, keys = marked(q, k, v, slopes, device)
+    scores = torch.einsum("bihk,bjhk->bhij", q, k)[0].detach().double() * 0.25
+    distance = (torch.arange(tokens)[:, None] - torch.arange(tokens)[None]).double()
+    weights = (scores - slopes.double()[:, None, None] * distance).masked_fill(distance < 0, -torch.inf).softmax(-1)
+    share = weights / weights.amax(-1, keepdim=True)
+    bound = 0.5 * q.norm(dim=-1).amax((0, 1)) * k.norm(dim=-1).amax((0, 1)) + 48 * math.log(2)
+    assert rows[:, 3].all() and keys[:, 3].all()
+    for head in range(3):
+        far = bound[head] / slopes[head]
+        for met, away, weight in [
+            (rows[:, head], torch.arange(tokens), share[head, :, 0]),
+            (keys[:, head], tokens - 1 - torch.arange(tokens), share[head, -1]),
+        ]:
+            assert met[away <= far].all() and not met[away > far + 64].any() and not met.all()
+            assert weight[~met].amax() < 2.0**-48
+        assert share[head][distance > far / 8].amax() > 2.0**-48
+
+
+def test_reach_is_the_groups_largest(device):
+    """Query heads 0 to 2 of key head 0 have the reach of their flattest, those of key head 1 their own; so do rows."""
+    q, k, v = make(2, 170, 6, 2, dtype=torch.float32, key=16, value=16)
+    with torch.no_grad():
+        q[0] *= 100
+    rows, keys = marked(q, k, v, torch.tensor([1.0, 0.0, 1.0, 1.0, 1.0, 1.0]), device)
+    assert rows[:, :3].all() and keys[:, 0].all()
+    assert not rows[140:, 3:].any() and not keys[:30, 1].any()
+
+
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf, 3e38])
+@pytest.mark.parametrize("which", [0, 1], ids=["q", "k"])
+def test_no_reach_is_shortened_by_what_is_not_finite(which, value, device):
+    """One such number in a head of a row makes it meet everything; other heads do as before."""
+    inputs = make(1, 170, 2, 2, dtype=torch.float32, key=16, value=16)
+    with torch.no_grad():
+        inputs[which][0, 60, 1, 5] = value
+    rows, keys = marked(*inputs, torch.ones(2), device)
+    assert rows[:, 1].all() and keys[:, 1].all()
+    assert not rows[140:, 0].any() and not keys[:30, 0].any()
+
+
+def test_norms_are_those_of_each_head_and_row(device):
+    """Of blocks that are not full too, and -NaN as NaN."""
     from longscan.kernels.attention import kernel
 
-    q, k, v = (t.detach() for t in make(1, 400, 4, 4, dtype=torch.float32, key=16))
-    slopes = torch.tensor([1.0, 0.5, 0.2, 0.0])
-    reach = kernel._reach(q, k, Scoring(None, slopes, None, 0, 0.25))[0]
-    assert reach[3] >= 400
-    scores = torch.einsum("bihk,bjhk->bhij", q, k)[0].double() * 0.25
-    distance = (torch.arange(400)[:, None] - torch.arange(400)[None]).double()
-    weights = (scores - slopes.double()[:, None, None] * distance).masked_fill(distance < 0, -torch.inf).softmax(-1)
-    for head in range(3):
-        share = weights[head] / weights[head].amax(-1, keepdim=True)
-        assert share[distance > reach[head]].amax() < 2.0**-48
-        assert share[distance > reach[head] // 8].amax() > 2.0**-48
+    q, k, _ = (t.detach() for t in make(3, 700, 4, 2, 5, torch.float32, 24, 16))
+    q[1, 699, 2, 3], k[2, 0, 1, 0] = torch.inf, -torch.nan
+    scoring = Scoring(None, torch.ones(4), None, -5, 1.0)
+    norms = kernel.largest_norms(q.to(device), k.to(device), scoring)
+    exact = torch.cat([t.square().sum(-1).amax(1) for t in (q, k)], 1)
+    torch.testing.assert_close(norms.cpu(), exact, rtol=1e-6, atol=0, equal_nan=True)
+    assert kernel.largest_norms(q, k, scoring._replace(slopes=None)) is None
 
 
 def test_split_invariance(random_segments):

@@ -12,14 +12,14 @@ from sass import compiled, lost
 from longscan.kernels.attention import kernel
 
 JITTED = {"forward": kernel._forward, "dq": kernel._backward_queries}
-OPTIONAL = {"p_doc_start", "p_until", "p_slopes", "p_reach"}
+OPTIONAL = {"p_doc_start", "p_until", "p_slopes", "p_norms"}
 
 
 def kind(name):
     if name[:2] != "p_":
         return "fp32" if name in {"factor", "scale"} else "i32"
-    integers = {"p_doc_start", "p_until", "p_reach"}
-    return "*fp32" if name in {"p_lse", "p_delta", "p_slopes"} else "*i32" if name in integers else "*bf16"
+    single = {"p_lse", "p_delta", "p_slopes", "p_norms"}
+    return "*fp32" if name in single else "*i32" if name in {"p_doc_start", "p_until"} else "*bf16"
 
 
 def build(work, dim, groups, window, given):
@@ -27,6 +27,8 @@ def build(work, dim, groups, window, given):
     tile = kernel.tile_of(work, torch.bfloat16, block, groups, window)
     sizes = {"BLOCK_K": block, "BLOCK_V": block, "BLOCK_M": tile.rows, "BLOCK_N": tile.keys, "PRECISION": "tf32"}
     sizes |= {"HEADS": 16, "GROUPS": groups, "KEY_DIM": dim, "VALUE_DIM": dim, "INNER": window > kernel.NARROW}
+    # With neither documents nor ALiBi, as if the window were smaller than the rows.
+    sizes["TURN"] = not given
     absent = {"dk": {"p_dv"}, "dv": {"p_dk"}}.get(work, set()) | (set() if given else OPTIONAL)
     jitted = JITTED.get(work, kernel._backward_keys)
     even = () if given else ("tokens", "keys")
@@ -36,6 +38,14 @@ def build(work, dim, groups, window, given):
     print(work, dim, groups, window, *tile, given, "wgmma" if tensor_cores else "slow", lost(built.asm["cubin"]))
 
 
+def norms(name):
+    return "*i32" if name == "p_norms" else kind(name)
+
+
+for dim in {case[0] for case in CASES}:
+    block = max(16, triton.next_power_of_2(dim))
+    sizes = {"HEADS": 16, "GROUPS": 16, "DIM": dim, "BLOCK_D": block, "BLOCK_M": kernel.NORMS_BLOCK // block}
+    assert compiled(kernel._norms, sizes, norms, num_warps=8).asm["cubin"]
 for dim, groups, window, given in CASES:
     for work in ("forward", "dq", *(("dkv",) if dim <= kernel.MOST_SHARED else ("dk", "dv"))):
         build(work, dim, groups, window, given)
