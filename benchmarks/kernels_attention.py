@@ -6,6 +6,7 @@ Inputs are [B, T, H, K] for every implementation; the peers get transposed views
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -236,7 +237,8 @@ def passes_of(case: Case) -> dict[str, Pass]:
 
 
 def use(case: Case, work: str, tile: kernel.Tile) -> None:
-    """Makes the op take that tile for that pass of the case."""
+    """Makes the op take that tile for that pass of the case, and no kernel but Triton's."""
+    kernel.LEAST_TOKENS = sys.maxsize
     narrow = case.window is not None and case.window <= kernel.NARROW
     tiles = kernel.SINGLE_TILES if case.heads == case.key_heads else kernel.NARROW_TILES if narrow else kernel.TILES
     tiles.setdefault(work, {})[case.dim] = tile

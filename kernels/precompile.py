@@ -2,10 +2,13 @@
 
 The work is rehearsed first: where it would launch a kernel that is not compiled yet, the kernel is noted and nothing
 is launched, so that what it would have written stays as memory was. That does no harm: kernels hand each other numbers
-to compute with, never an index or a count. What was noted is compiled by threads: Triton's passes, the assembler and
-the C compiler that builds launchers run side by side, the reading of kernels, which is Python, in turn.
+to compute with, never an index, and no count that the reader does not bound. What was noted is compiled by threads:
+Triton's passes, the assembler and the C compiler that builds launchers run side by side, the reading of kernels, which
+is Python, in turn.
 
-Not a cache: what is compiled lies where Triton keeps it, in memory and on disk, and the work finds it there.
+Not a cache: what is compiled lies where Triton keeps it, in memory and on disk, and the work finds it there. Gluon's
+kernels are noted and compiled alike, tensor descriptors and all, but none may have a layout as a parameter, which
+Triton cannot write down: rehearsing it raises TypeError. Layouts stand in a descriptor or in the kernel.
 """
 
 from __future__ import annotations

@@ -26,13 +26,15 @@ def compiled(jitted, constants, kind, even=(), **options):
     from triton import compile
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
 
     names = jitted.arg_names
     signature = {name: "constexpr" if name in constants else kind(name) for name in names}
     values = {(names.index(name),): value for name, value in constants.items() if name in names}
     divisible = [["tt.divisibility", 16]]
     aligned = {(i,): divisible for i, name in enumerate(names) if signature[name][0] == "*" or name in even}
-    return compile(ASTSource(jitted, signature, values, aligned), target=GPUTarget("cuda", 90, 32), options=options)
+    source = (GluonASTSource if jitted.is_gluon() else ASTSource)(jitted, signature, values, aligned)
+    return compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 
 def lost(cubin: bytes) -> list[int]:

@@ -95,6 +95,70 @@ def work():
 
 precompile.prepare(precompile.rehearse(work))
 """
+# A kernel in Gluon that takes a tensor descriptor, whose layout is a part of its type.
+GLUON = """
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+
+@gluon.jit
+def copy(source, p_y, p_absent, tokens, ROWS: gl.constexpr):
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    block = gl.allocate_shared_memory(source.dtype, [ROWS, 64], source.layout)
+    full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(full, count=1)
+    mbarrier.expect(full, ROWS * 64 * 2)
+    tma.async_copy_global_to_shared(source, [0, 0], full, block)
+    mbarrier.wait(full, 0)
+    o_row = gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
+    o = o_row[:, None] * 64 + gl.arange(0, 64, gl.SliceLayout(0, LAYOUT))[None, :]
+    gl.store(p_y + o, block.load(LAYOUT), mask=o_row[:, None] < tokens)
+
+
+@gluon.jit
+def laid_out(p, LAYOUT: gl.constexpr):
+    gl.store(p + gl.arange(0, 128, LAYOUT), 1)
+
+
+def copied(x, rows=64):
+    y = torch.zeros_like(x)
+    layout = gl.NVMMASharedLayout.get_default_for([rows, 64], gl.bfloat16)
+    copy[(1,)](TensorDescriptor.from_tensor(x, [rows, 64], layout), y, None, len(x), rows, num_warps=4)
+    return y
+"""
+GLUON_WORKS = """
+def work():
+    for tokens, rows in ((32, 64), (33, 64), (32, 32)):
+        copied(torch.zeros(tokens, 64, dtype=torch.bfloat16), rows)
+
+
+missing = precompile.rehearse(work)
+precompile.prepare(missing)
+triton.knobs.compilation.listener = lambda **_: sys.exit("compiled after all")
+work()
+found = len(missing), loaded, list(launched), len(precompile.rehearse(work))
+try:
+    precompile.rehearse(lambda: laid_out[(1,)](torch.zeros(128), gl.BlockedLayout([1], [32], [4], [0])))
+except TypeError as error:
+    print(json.dumps([*found, str(error)]))
+"""
+GLUON_ON_A_GPU = """
+import json
+
+from triton import knobs
+
+from longscan.kernels import precompile
+
+x = torch.randn(33, 64, device="cuda", dtype=torch.bfloat16)
+compiled = []
+missing = precompile.rehearse(lambda: copied(x))
+knobs.compilation.listener = lambda **_: compiled.append(1)
+precompile.prepare(missing)
+print(json.dumps([len(missing), len(compiled), torch.equal(copied(x), x), len(compiled)]))
+"""
 ON_A_GPU = """
 import json
 
@@ -147,6 +211,23 @@ def test_what_does_not_compile_raises(tmp_path):
     done = run(BEGIN + FAILS, tmp_path)
     assert done.returncode == 1
     assert "absent is not defined" in done.stderr
+
+
+def test_kernels_in_gluon_are_noted_and_compiled_alike(tmp_path):
+    done = run(BEGIN + GLUON + GLUON_WORKS, tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    missing, loaded, launched, again, error = json.loads(done.stdout)
+    assert missing == 3 and loaded == launched == ["copy"] * 3 and again == 0
+    assert "BlockedLayout is not JSON serializable" in error
+
+
+@pytest.mark.gpu
+def test_in_gluon_on_a_gpu(tmp_path):
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("no GPU with TMA")
+    done = run(GLUON + GLUON_ON_A_GPU, tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout) == [1, 1, True, 1]
 
 
 @pytest.mark.gpu
