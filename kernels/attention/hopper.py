@@ -1,4 +1,4 @@
-"""Attention's forward pass for Hopper GPUs in Gluon: heads of 128 in 16 bits; see kernel.py, whose `covers` says when.
+"""Attention's forward pass for Hopper GPUs in Gluon, for 16-bit inputs; see kernel.py, whose `covers` says when.
 
 A program has two warp groups that compute, 64 rows each, and a warp that loads for both. The loader brings blocks of K
 and V by TMA into a ring each: `full` barriers tell of bytes that came, `empty` ones that both groups are done with a
@@ -30,17 +30,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..sizes import cdiv
-from .kernel import EVERYWHERE, LOG2_E, NEGLIGIBLE, NEVER
-from .scoring import Scoring, statistics_shape
+from . import scoring as rules
+from .scoring import LOG2_E, Scoring, statistics_shape
 
-DIM = gl.constexpr(128)
-# The fastest of those measured on an H100: groups, of as many rows as a wgmma takes; keys of a block; blocks a ring.
-# A third group leaves each too few registers for blocks of 128 keys: y, a block's scores and another's weights fill
-# those of two. Some scalars spill, most with ALiBi over groups. Programs that take tiles in turn gain nothing.
+NEGLIGIBLE, EVERYWHERE, NEVER = (gl.constexpr(n) for n in (rules.NEGLIGIBLE, rules.EVERYWHERE, rules.NEVER))
+# The fastest of those measured on an H100: groups, of as many rows as a wgmma takes; by head dim, keys of a block;
+# blocks a ring. A third group leaves each too few registers: y, a block's scores and another's weights fill those of
+# two. Some scalars spill, most with ALiBi over groups. Programs that take tiles in turn gain nothing.
 CONSUMERS = gl.constexpr(2)
 ROWS = gl.constexpr(64)
 BLOCK_M = gl.constexpr(128)
-BLOCK_N = gl.constexpr(128)
+KEYS = {64: 128, 128: 128, 256: 64}
 STAGES = gl.constexpr(2)
 # Of the blocks of K and V: a batch row's tokens by a head's numbers.
 RING = gl.NVMMASharedLayout(128, 16, 3)
@@ -61,7 +61,7 @@ def _reach(p_slopes, p_norms, factor, i_head, i_batch, HEADS: gl.constexpr, GROU
 
 
 @gluon.jit
-def _cut(p_doc_start, reach, i_block, i_batch, tokens, offset, window, GROUPS: gl.constexpr):
+def _cut(p_doc_start, reach, i_block, i_batch, tokens, offset, window, GROUPS: gl.constexpr, BLOCK_N: gl.constexpr):
     """(start, left, inner, inner end, edges, blocks) of the keys that BLOCK_M rows from i_block on meet; never none."""
     i_low = i_block // GROUPS
     i_high = gl.minimum((i_block + BLOCK_M - 1) // GROUPS, tokens - 1)
@@ -81,7 +81,7 @@ def _cut(p_doc_start, reach, i_block, i_batch, tokens, offset, window, GROUPS: g
 
 
 @gluon.jit
-def _load_keys(k_desc, v_desc, rings, span, offset):
+def _load_keys(k_desc, v_desc, rings, span, offset, DIM: gl.constexpr, BLOCK_N: gl.constexpr):
     """The loader: K and V of every block in turn; zeros beyond the last key of the batch row."""
     _, k_ring, v_ring, k_full, k_empty, v_full, v_empty, _ = rings
     start, left, inner, inner_end, edges, blocks = span
@@ -112,7 +112,17 @@ def _rows(i_first, tokens, HEADS: gl.constexpr, GROUPS: gl.constexpr, LAYOUT: gl
 
 
 @gluon.jit
-def _scores(q, k_ring, k_full, s, LAYOUT: gl.constexpr):
+def _places(
+    i_first, tokens, HEADS: gl.constexpr, GROUPS: gl.constexpr, DIM: gl.constexpr, LAYOUT: gl.constexpr
+):  # fmt: skip
+    """Where the numbers of ROWS rows from i_first on lie in [B * T * H * DIM], in two parts, and a mask."""
+    _, _, base, o_place, inside = _rows(i_first, tokens, HEADS, GROUPS, gl.SliceLayout(1, LAYOUT))
+    o_dim = gl.arange(0, DIM, gl.SliceLayout(0, LAYOUT))
+    return base * DIM, o_place[:, None] * DIM + o_dim[None, :], inside[:, None]
+
+
+@gluon.jit
+def _scores(q, k_ring, k_full, s, DIM: gl.constexpr, BLOCK_N: gl.constexpr, LAYOUT: gl.constexpr):
     """Begins the product of the rows with key block s."""
     stage = s % STAGES
     mbarrier.wait(k_full.index(stage), (s // STAGES) & 1)
@@ -122,8 +132,8 @@ def _scores(q, k_ring, k_full, s, LAYOUT: gl.constexpr):
 
 @gluon.jit
 def _weigh(
-    b_s, b_total, b_highest, rows, i_at, factor, BIASED: gl.constexpr, GROUPS: gl.constexpr, LAYOUT: gl.constexpr,
-    EDGE: gl.constexpr
+    b_s, b_total, b_highest, rows, i_at, factor, BIASED: gl.constexpr, GROUPS: gl.constexpr, BLOCK_N: gl.constexpr,
+    LAYOUT: gl.constexpr, EDGE: gl.constexpr
 ):  # fmt: skip
     """(weights, decay of the earlier ones, sum of weights, highest score) with the keys from position i_at on.
 
@@ -177,7 +187,8 @@ def _rounded(b_w, dtype: gl.constexpr, LAYOUT: gl.constexpr):
 @gluon.jit
 def _attend(
     s, i_at, b_y, b_w, b_total, b_highest, rings, rows, factor, BIASED: gl.constexpr, GROUPS: gl.constexpr,
-    S_LAYOUT: gl.constexpr, Y_LAYOUT: gl.constexpr, WHO: gl.constexpr, EDGE: gl.constexpr
+    DIM: gl.constexpr, BLOCK_N: gl.constexpr, S_LAYOUT: gl.constexpr, Y_LAYOUT: gl.constexpr, WHO: gl.constexpr,
+    EDGE: gl.constexpr
 ):  # fmt: skip
     """Block s - 1 into y, and the weights of block s, whose keys begin at position i_at."""
     q_all, k_ring, v_ring, k_full, k_empty, v_full, v_empty, turns = rings
@@ -185,14 +196,14 @@ def _attend(
     b_p = _rounded(b_w, v_ring.dtype, Y_LAYOUT)
     # The first group's first wait passes; every other one is for the other group.
     mbarrier.wait(turns.index(WHO), ((s - 1) & 1) ^ (1 - WHO))
-    b_s = _scores(q_all.index(WHO), k_ring, k_full, s, S_LAYOUT)
+    b_s = _scores(q_all.index(WHO), k_ring, k_full, s, DIM, BLOCK_N, S_LAYOUT)
     mbarrier.wait(v_full.index(before), phase)
     b_y = warpgroup_mma(b_p, v_ring.index(before).reshape((BLOCK_N, DIM)), b_y, is_async=True)
     mbarrier.arrive(turns.index(1 - WHO), count=1)
     b_s = warpgroup_mma_wait(1, deps=[b_s])
     mbarrier.arrive(k_empty.index(s % STAGES), count=1)
     b_w, b_decay, b_total, b_highest = _weigh(
-        b_s, b_total, b_highest, rows, i_at, factor, BIASED, GROUPS, S_LAYOUT, EDGE
+        b_s, b_total, b_highest, rows, i_at, factor, BIASED, GROUPS, BLOCK_N, S_LAYOUT, EDGE
     )  # fmt: skip
     # Passes at once: a branch that ptxas does not move the wait below over, to before the exponentials.
     mbarrier.wait(v_full.index(before), phase)
@@ -204,7 +215,8 @@ def _attend(
 
 @gluon.jit
 def _consume(
-    rings, tensors, span, i_block, tokens, window, factor, WHO: gl.constexpr, HEADS: gl.constexpr, GROUPS: gl.constexpr
+    rings, tensors, span, i_block, tokens, window, factor, WHO: gl.constexpr, HEADS: gl.constexpr, GROUPS: gl.constexpr,
+    DIM: gl.constexpr, BLOCK_N: gl.constexpr
 ):  # fmt: skip
     """A warp group: y and log-sum-exp of its ROWS of the program's rows."""
     q_all, k_ring, v_ring, k_full, k_empty, v_full, v_empty, _ = rings
@@ -214,14 +226,13 @@ def _consume(
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     Y_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
-    WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
+    WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [4, 1], [1, 0])
     i_row = i_block + WHO * ROWS
     i_head = gl.program_id(1)
     # q by way of registers, which suits any group; 16 bytes a thread.
-    _, _, base, o_place, inside = _rows(i_row, tokens, HEADS, GROUPS, gl.SliceLayout(1, WIDE))
-    o_wide = o_place[:, None] * DIM + gl.arange(0, DIM, gl.SliceLayout(0, WIDE))[None, :]
+    base, o_wide, inside = _places(i_row, tokens, HEADS, GROUPS, DIM, WIDE)
     q = q_all.index(WHO)
-    q.store(gl.load(p_q + base * DIM + o_wide, mask=inside[:, None], other=0.0))
+    q.store(gl.load(p_q + base + o_wide, mask=inside, other=0.0))
     fence_async_shared()
     o_query, o_group, _, _, mask = _rows(i_row, tokens, HEADS, GROUPS, ROW)
     o_first = o_query - window + 1
@@ -238,22 +249,24 @@ def _consume(
     b_total = gl.zeros([ROWS], gl.float32, ROW)
     b_highest = gl.full([ROWS], float("-inf"), gl.float32, ROW)
     b_y = gl.zeros([ROWS, DIM], gl.float32, Y_LAYOUT)
-    b_s = warpgroup_mma_wait(0, deps=[_scores(q, k_ring, k_full, 0, S_LAYOUT)])
+    b_s = warpgroup_mma_wait(0, deps=[_scores(q, k_ring, k_full, 0, DIM, BLOCK_N, S_LAYOUT)])
     mbarrier.arrive(k_empty.index(0), count=1)
     i_at = gl.where(edges == 0, inner, gl.where(left == 0, inner_end, start))
     b_w, _, b_total, b_highest = _weigh(
-        b_s, b_total, b_highest, rows, i_at, factor, BIASED, GROUPS, S_LAYOUT, True
+        b_s, b_total, b_highest, rows, i_at, factor, BIASED, GROUPS, BLOCK_N, S_LAYOUT, True
     )  # fmt: skip
     for s in range(1, edges):
         i_at = gl.where(s < left, start + s * BLOCK_N, inner_end + (s - left) * BLOCK_N)
         b_y, b_w, b_total, b_highest = _attend(
-            s, i_at, b_y, b_w, b_total, b_highest, rings, rows, factor, BIASED, GROUPS, S_LAYOUT, Y_LAYOUT, WHO, True
-        )
+            s, i_at, b_y, b_w, b_total, b_highest, rings, rows, factor, BIASED, GROUPS, DIM, BLOCK_N, S_LAYOUT,
+            Y_LAYOUT, WHO, True
+        )  # fmt: skip
     for s in range(gl.maximum(edges, 1), blocks):
         i_at = inner + (s - edges) * BLOCK_N
         b_y, b_w, b_total, b_highest = _attend(
-            s, i_at, b_y, b_w, b_total, b_highest, rings, rows, factor, BIASED, GROUPS, S_LAYOUT, Y_LAYOUT, WHO, False
-        )
+            s, i_at, b_y, b_w, b_total, b_highest, rings, rows, factor, BIASED, GROUPS, DIM, BLOCK_N, S_LAYOUT,
+            Y_LAYOUT, WHO, False
+        )  # fmt: skip
     last = blocks - 1
     mbarrier.wait(v_full.index(last % STAGES), (last // STAGES) & 1)
     b_p = _rounded(b_w, v_ring.dtype, Y_LAYOUT)
@@ -262,9 +275,10 @@ def _consume(
     b_none = b_total == 0
     b_inverse = 1.0 / gl.where(b_none, 1.0, b_total)
     b_y = b_y * gl.convert_layout(b_inverse, gl.SliceLayout(1, Y_LAYOUT))[:, None]
-    # y in q's place, so that the stores are 16 bytes wide.
+    # y in q's place, so that stores are 16 bytes wide; places anew, which through the loops would take registers.
     q.store(b_y.to(p_y.dtype.element_ty))
-    gl.store(p_y + base * DIM + o_wide, q.load(WIDE), mask=inside[:, None])
+    base, o_wide, inside = _places(gl.where(blocks > 0, i_row, 0), tokens, HEADS, GROUPS, DIM, WIDE)
+    gl.store(p_y + base + o_wide, q.load(WIDE), mask=inside)
     p_statistic = p_lse + (gl.program_id(2).to(gl.int64) * (HEADS // GROUPS) + i_head) * tokens * GROUPS
     o_statistic = i_row + gl.arange(0, ROWS, ROW)
     gl.store(p_statistic + o_statistic, gl.where(b_none, float("inf"), b_highest + gl.log2(b_total)), mask=mask)
@@ -286,6 +300,8 @@ def _forward(
     factor,
     HEADS: gl.constexpr,
     GROUPS: gl.constexpr,
+    DIM: gl.constexpr,
+    BLOCK_N: gl.constexpr,
 ):
     """y and log-sum-exp of BLOCK_M rows of a key head; the last rows, which meet most keys, begin first."""
     i_block = (gl.num_programs(0) - 1 - gl.program_id(0)) * BLOCK_M
@@ -293,7 +309,7 @@ def _forward(
     reach = None
     if p_slopes is not None:
         reach = _reach(p_slopes, p_norms, factor, i_head, i_batch, HEADS, GROUPS)
-    span = _cut(p_doc_start, reach, i_block, i_batch, tokens, offset, window, GROUPS)
+    span = _cut(p_doc_start, reach, i_block, i_batch, tokens, offset, window, GROUPS, BLOCK_N)
     Q_LAYOUT: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     q_all = gl.allocate_shared_memory(k_desc.dtype, [CONSUMERS, ROWS, DIM], Q_LAYOUT)
     k_ring = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 1, BLOCK_N, DIM], k_desc.layout)
@@ -315,9 +331,9 @@ def _forward(
     tensors = (p_q, p_y, p_lse, p_doc_start, p_slopes)
     gl.warp_specialize(
         [
-            (_consume, (rings, tensors, span, i_block, tokens, window, factor, 0, HEADS, GROUPS)),
-            (_consume, (rings, tensors, span, i_block, tokens, window, factor, 1, HEADS, GROUPS)),
-            (_load_keys, (k_desc, v_desc, rings, span, offset)),
+            (_consume, (rings, tensors, span, i_block, tokens, window, factor, 0, HEADS, GROUPS, DIM, BLOCK_N)),
+            (_consume, (rings, tensors, span, i_block, tokens, window, factor, 1, HEADS, GROUPS, DIM, BLOCK_N)),
+            (_load_keys, (k_desc, v_desc, rings, span, offset, DIM, BLOCK_N)),
         ],
         [4, 1],
         [240, 24],
@@ -332,7 +348,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, norms: Tensor | None, scoring: Scor
     lse = q.new_empty(statistics_shape(q, k), dtype=torch.float32)
     # Batch rows are a dimension of their own: beyond the end of one there are zeros, not the next one's keys.
     shape, strides = [batch, keys, key_heads * dim], [keys * key_heads * dim, key_heads * dim, 1]
-    block = [1, BLOCK_N.value, DIM.value]
+    block = [1, KEYS[dim], dim]
     farthest = tokens - scoring.key_offset
     _forward[cdiv(tokens * heads // key_heads, BLOCK_M.value), key_heads, batch](
         q,
@@ -348,6 +364,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, norms: Tensor | None, scoring: Scor
         scoring.scale * LOG2_E,
         HEADS=heads,
         GROUPS=heads // key_heads,
+        DIM=dim,
+        BLOCK_N=KEYS[dim],
         num_warps=4,
     )
     return y, lse

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -32,14 +31,10 @@ from torch import Tensor
 
 from ..dispatch import log_choice, on
 from ..sizes import cdiv, next_power_of_2
-from .scoring import Scoring, statistics_shape
+from . import scoring as rules
+from .scoring import LOG2_E, Scoring, statistics_shape
 
-LOG2_E = math.log2(math.e)
-# A key below 2^-48 of its row's largest weight is not met: 2^24 such keys stay under the last bit of fp32.
-NEGLIGIBLE = tl.constexpr(48.0)
-NEVER = tl.constexpr(-(2**30))
-# A reach that every distance is below.
-EVERYWHERE = tl.constexpr(2**29)
+NEGLIGIBLE, EVERYWHERE, NEVER = (tl.constexpr(n) for n in (rules.NEGLIGIBLE, rules.EVERYWHERE, rules.NEVER))
 
 
 class Tile(NamedTuple):
@@ -57,7 +52,8 @@ MOST_SHARED = 128
 # With a window of at most so many keys hardly a block is whole: every block is masked, in one loop whose loads all
 # begin at once.
 NARROW = 128
-# Of fewer tokens hopper.py's kernel is not measured.
+# Head dims of hopper.py's kernel; of fewer tokens it is not measured.
+HOPPER_DIMS = (64, 128, 256)
 LEAST_TOKENS = 2048
 # Elements of a block whose norms are compared: 64 a thread, in loads that all begin at once.
 NORMS_BLOCK = 16384
@@ -695,12 +691,13 @@ def forward(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> tuple[Tensor, 
 def covers(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> bool:
     """Whether hopper.py's kernel computes the forward pass of these contiguous tensors.
 
-    It does on a GPU of capability 9.0, for heads of 128 in 16 bits, from LEAST_TOKENS queries on, where the last key
-    is the last query's own. TMA takes keys and values from addresses of 16 bytes.
+    It does on a GPU of capability 9.0, for heads of HOPPER_DIMS in 16 bits, from LEAST_TOKENS queries on, where the
+    last key is the last query's own and a window is not NARROW. TMA takes keys and values from addresses of 16 bytes.
     """
     square = LEAST_TOKENS <= q.shape[1] == k.shape[1] + scoring.key_offset
-    heads = q.shape[3] == v.shape[3] == 128 and q.dtype in (torch.bfloat16, torch.float16)
-    if not (q.is_cuda and square and heads and _is_hopper(q.device.index)):
+    wide = scoring.window is None or scoring.window > NARROW
+    heads = q.shape[3] == v.shape[3] and q.shape[3] in HOPPER_DIMS and q.dtype in (torch.bfloat16, torch.float16)
+    if not (q.is_cuda and square and wide and heads and _is_hopper(q.device.index)):
         return False
     return k.data_ptr() % 16 == 0 == v.data_ptr() % 16
 

@@ -11,17 +11,15 @@ underflows and exp2 does not; and the mask is added, which is 10 times faster th
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from .scoring import Scoring
+from .scoring import LOG2_E, Scoring
 
 # Queries a block; the best of 32, 64, 128 and 256 overall, at windows of 128 and 512 over 512 and 8192 tokens on a CPU.
 BLOCK = 64
-LOG2_E = math.log2(math.e)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> tuple[Tensor, Tensor]:

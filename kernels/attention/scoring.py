@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from torch import Tensor
+
+LOG2_E = math.log2(math.e)
+# A key below 2^-48 of its row's largest weight is not met: 2^24 such keys stay under the last bit of fp32.
+NEGLIGIBLE = 48.0
+# A reach that every distance is below, and a position before every key.
+EVERYWHERE, NEVER = 2**29, -(2**30)
 
 
 class Scoring(NamedTuple):

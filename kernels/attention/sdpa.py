@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
 
-from .reference import LOG2_E
-from .scoring import Scoring, statistics_shape
+from .scoring import LOG2_E, Scoring, statistics_shape
 
 # Wider heads are not measured. cuDNN prepares itself for each shape anew, which few tokens do not repay.
 MOST_HEAD_DIM = 128

@@ -16,15 +16,19 @@ pytest.importorskip("triton")
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 on_hopper = [pytest.mark.gpu, pytest.mark.skipif(not HOPPER, reason="needs a GPU of capability 9.0")]
 BF16 = torch.bfloat16
-# (heads, key heads, ALiBi, documents, dtype); each compiles one kernel.
+# (heads, key heads, ALiBi, documents, dtype, head dim); each compiles one kernel.
 KINDS = [
-    (4, 4, "", False, BF16),
-    (4, 4, "steep", True, BF16),
-    (10, 1, "", True, BF16),
-    (10, 1, "flat", False, torch.float16),
-    (6, 2, "steep", True, BF16),
-    (16, 1, "", False, BF16),
-    (3, 1, "steep", False, BF16),
+    (4, 4, "", False, BF16, 128),
+    (4, 4, "steep", True, BF16, 128),
+    (10, 1, "", True, BF16, 128),
+    (10, 1, "flat", False, torch.float16, 128),
+    (6, 2, "steep", True, BF16, 128),
+    (16, 1, "", False, BF16, 128),
+    (3, 1, "steep", False, BF16, 128),
+    (4, 4, "flat", True, BF16, 64),
+    (6, 2, "", False, torch.float16, 64),
+    (10, 1, "", True, BF16, 256),
+    (4, 4, "steep", False, BF16, 256),
 ]
 # Tokens, window, halo.
 SHAPES = [*itertools.product((128, 129, 300, 1000), (None, 1, 100, 512), (0, 37)), (1, None, 5), (64, 30, 0)]
@@ -37,9 +41,9 @@ def forward(q, k, v, scoring):
     return hopper.forward(q, k, v, kernel.largest_norms(q, k, scoring), scoring)
 
 
-def inputs_of(heads, key_heads, slopes, dtype, batch, tokens, halo=0, seed=0):
+def inputs_of(heads, key_heads, slopes, dtype, batch, tokens, halo=0, seed=0, dim=128):
     """q, k, v and slopes on the GPU; steep ones end the reach of heads within these lengths."""
-    inputs = [t.detach().cuda() for t in make(batch, tokens, heads, key_heads, halo, dtype, 128, 128, seed)]
+    inputs = [t.detach().cuda() for t in make(batch, tokens, heads, key_heads, halo, dtype, dim, dim, seed)]
     found = {"": None, "steep": slopes_of(heads, "cuda") * 4, "flat": slopes_of(heads, "cuda") / 4096}[slopes]
     return inputs, found
 
@@ -61,13 +65,13 @@ class TestAgainstFloat64:
     pytestmark = on_hopper
 
     def test_within_bar_at_every_shape(self, kind, random_segments):
-        heads, key_heads, slopes, documents, dtype = kind
+        heads, key_heads, slopes, documents, dtype, dim = kind
         for seed, (batch, (tokens, window, halo)) in enumerate(itertools.product((1, 2), SHAPES)):
-            inputs, given = inputs_of(heads, key_heads, slopes, dtype, batch, tokens, halo, seed)
+            inputs, given = inputs_of(heads, key_heads, slopes, dtype, batch, tokens, halo, seed, dim)
             doc_start = None
             if documents and tokens > 1:
                 doc_start = random_segments(batch, tokens, seed, "cuda").doc_start.view(batch, tokens)
-            scoring = Scoring(doc_start, given, window, -halo, 128**-0.5)
+            scoring = Scoring(doc_start, given, window, -halo, dim**-0.5)
             y, lse = forward(*inputs, scoring)
             check(y, lse, inputs, scoring)
             assert all(torch.equal(a, b) for a, b in zip((y, lse), forward(*inputs, scoring), strict=True))
@@ -128,6 +132,7 @@ class TestOnHopper:
         [
             (1, 300, 4, 4, 0, 128, 128, None, False, True, BF16),
             (2, 300, 10, 1, 37, 128, 128, 200, True, False, BF16),
+            (2, 300, 10, 1, 37, 256, 256, 200, True, False, BF16),
         ],
         ids=str,
     )
@@ -158,9 +163,11 @@ class TestOnHopper:
         assert not kernel.covers(*(t.float() for t in inputs), plain)
         assert not kernel.covers(*(t[:, 1:] for t in inputs), plain)
         assert not kernel.covers(*inputs, plain._replace(key_offset=-1))
+        assert not kernel.covers(*inputs, plain._replace(window=kernel.NARROW))
+        assert kernel.covers(*inputs, plain._replace(window=kernel.NARROW + 1))
         halo, _ = inputs_of(4, 2, "", BF16, 1, tokens, 9)
         assert kernel.covers(*halo, plain._replace(key_offset=-9)) and not kernel.covers(*halo, plain)
-        narrow = [t[..., :64].contiguous() for t in inputs]
+        narrow = [t[..., :32].contiguous() for t in inputs]
         assert not kernel.covers(*narrow, plain) and not kernel.covers(*inputs[:2], narrow[2], plain)
         k = inputs[1]
         askew = torch.empty(k.numel() + 1, device="cuda", dtype=BF16)[1:].view_as(k).copy_(k)
@@ -183,9 +190,9 @@ assert not any(name.endswith("attention.hopper") for name in sys.modules), "impo
 from longscan.kernels.attention import hopper
 
 
-def kind(dtype, name):
+def kind(dtype, dim, name):
     if name.endswith("_desc"):
-        return f"tensordesc<{dtype}[1, 128, 128],{hopper.RING!r}>"
+        return f"tensordesc<{dtype}[1, {hopper.KEYS[dim]}, {dim}],{hopper.RING!r}>"
     if name[:2] != "p_":
         return "fp32" if name == "factor" else "i32"
     return {"p_q": f"*{dtype}", "p_y": f"*{dtype}", "p_doc_start": "*i32"}.get(name, "*fp32")
@@ -196,10 +203,10 @@ def output(*command):
     return done.stdout + done.stderr
 
 
-for heads, groups, biased, documents, dtype in CASES:
+for heads, groups, biased, documents, dtype, dim in CASES:
     absent = ([] if biased else ["p_slopes", "p_norms"]) + ([] if documents else ["p_doc_start"])
-    constants = {"HEADS": heads, "GROUPS": groups} | dict.fromkeys(absent)
-    built = compiled(hopper._forward, constants, lambda name: kind(dtype, name), num_warps=4)
+    constants = {"HEADS": heads, "GROUPS": groups, "DIM": dim, "BLOCK_N": hopper.KEYS[dim]} | dict.fromkeys(absent)
+    built = compiled(hopper._forward, constants, lambda name: kind(dtype, dim, name), num_warps=4)
     with tempfile.TemporaryDirectory() as folder:
         cubin, ptx = f"{folder}/kernel.cubin", f"{folder}/kernel.ptx"
         open(cubin, "wb").write(built.asm["cubin"])
@@ -213,6 +220,10 @@ for heads, groups, biased, documents, dtype in CASES:
 """
 
 
+# Of the kinds of other head dims, the ends: what takes fewest registers, and most.
+EDGES = [((16, 1), False, False), ((10, 10), True, True)]
+
+
 def check_build(cases, tmp_path):
     for line in printed(f"CASES = {cases}\n{SCRIPT}", tmp_path):
         registers, stack, shared, rest = line.split(maxsplit=3)
@@ -223,11 +234,13 @@ def check_build(cases, tmp_path):
 
 @pytest.mark.timeout(300)
 def test_it_compiles_for_sm_90(tmp_path):
-    check_build([(10, 10, True, True, "bf16")], tmp_path)
+    check_build([(10, 10, True, True, "bf16", 128)], tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_every_kind_compiles_for_sm_90(tmp_path):
     kinds = itertools.product([(16, 1), (16, 16), (6, 3), (10, 10)], (False, True), (False, True))
-    check_build([*((*heads, *rest, "bf16") for heads, *rest in kinds), (16, 1, True, False, "fp16")], tmp_path)
+    others = [(*heads, *rest, "bf16", dim) for dim in (64, 256) for heads, *rest in EDGES]
+    cases = [*((*heads, *rest, "bf16", 128) for heads, *rest in kinds), (16, 1, True, False, "fp16", 128), *others]
+    check_build(cases, tmp_path)
