@@ -134,7 +134,7 @@ def _times(measured: Sequence[Timing]) -> Iterator[str]:
 def _tiles() -> Iterator[str]:
     """The constants of the kernel files that say how work is cut, as the source has them."""
     yield from _heading("op", "constant", "value")
-    for file in sorted((ROOT / "kernels").glob("*/kernel.py")):
+    for file in sorted([*(ROOT / "kernels").glob("*/kernel.py"), *(ROOT / "kernels").glob("*/hopper.py")]):
         for node in ast.parse(file.read_text()).body:
             for name, value in _constants(node):
                 yield _row(file.parent.name, f"`{name}`", f"`{value}`")
@@ -179,6 +179,7 @@ def _counters(figures: Sequence[Figure]) -> Iterator[str]:
     yield f"{figures[-1]['device']}; {_versions(figures[-1])}; commit {figures[-1]['commit']}\n"
     shown = ("launches", "time", "share of the work", "tensor pipe", "L2", "dram", "occupancy", "registers")
     units = {figure["metric"]: figure["unit"] for figure in figures}
+    shown = [name for name in shown if name in units]
     heads = (f"{name}, {units[name]}" for name in shown[1:])
     yield from _heading("work", "kernel", shown[0], *heads, "waits, warps an issue")
     last = None

@@ -122,7 +122,7 @@ def load_of(config: Config, index: int, gpus: int | None) -> Load:
         batches,
         precision,
         run.activation_checkpoint,
-        run.cuda_graphs,
+        cuda_graphs=run.cuda_graphs,
     )
 
 

@@ -18,7 +18,7 @@ ALLOWED = {
 }
 # Where alone a library may be imported: patterns under the root.
 OWNERS = {
-    "triton": ("kernels/*/kernel.py", "kernels/precompile.py"),
+    "triton": ("kernels/*/kernel.py", "kernels/attention/hopper.py", "kernels/precompile.py"),
     "liger_kernel": ("models/fused.py",),
     "megatron": ("parallel/**/*.py",),
     "deepspeed": ("parallel/**/*.py",),

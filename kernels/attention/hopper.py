@@ -7,7 +7,7 @@ of block s beside the latter (FlashAttention 3, arXiv 2407.08608). The groups ta
 that the softmax of one meets the products of the other.
 
 Rows, spans, edge blocks and the reach of ALiBi are kernel.py's. Here the edge blocks come first: the first block is
-peeled off the loops and masked whatever it is. Keys are told by their positions.
+peeled off the loops and masked whatever it is. Spans are in positions of keys, which below 0 are a halo's.
 """
 
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false, reportArgumentType=false
@@ -31,18 +31,20 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..sizes import cdiv
 from . import scoring as rules
-from .scoring import LOG2_E, Scoring, statistics_shape
+from .scoring import Scoring, statistics_shape
 
-NEGLIGIBLE, EVERYWHERE, NEVER = (gl.constexpr(n) for n in (rules.NEGLIGIBLE, rules.EVERYWHERE, rules.NEVER))
-# The fastest of those measured on an H100: groups, of as many rows as a wgmma takes; by head dim, keys of a block;
-# blocks a ring. A third group leaves each too few registers: y, a block's scores and another's weights fill those of
-# two. Some scalars spill, most with ALiBi over groups. Programs that take tiles in turn gain nothing.
+LOG2_E, NEGLIGIBLE = gl.constexpr(rules.LOG2_E), gl.constexpr(rules.NEGLIGIBLE)
+EVERYWHERE, NEVER = gl.constexpr(rules.EVERYWHERE), gl.constexpr(rules.NEVER)
+# Groups that compute; the turns are written for two. A third leaves each too few registers: y, a block's scores and
+# another's weights fill those of two, and some scalars spill, most with ALiBi over groups of heads.
 CONSUMERS = gl.constexpr(2)
+# Of a group, as many as a wgmma takes; and of a program. Programs that take several tiles in turn gain nothing.
 ROWS = gl.constexpr(64)
 BLOCK_M = gl.constexpr(128)
+# Keys of a block by head dim, and blocks in each ring: the fastest of those tried by hand on an H100.
 KEYS = {64: 128, 128: 128, 256: 64}
 STAGES = gl.constexpr(2)
-# Of the blocks of K and V: a batch row's tokens by a head's numbers.
+# Of the blocks of K and V: one batch row, tokens, a head's numbers.
 RING = gl.NVMMASharedLayout(128, 16, 3)
 
 
@@ -54,7 +56,7 @@ def _reach(p_slopes, p_norms, factor, i_head, i_batch, HEADS: gl.constexpr, GROU
     p_row = p_norms + i_batch * (HEADS + HEADS // GROUPS)
     b_q = gl.sqrt(gl.load(p_row + o_head))
     b_k = gl.sqrt(gl.load(p_row + HEADS + i_head))
-    b_slope = gl.load(p_slopes + o_head) * 1.4426950408889634
+    b_slope = gl.load(p_slopes + o_head) * LOG2_E
     b_far = (2 * factor * b_q * b_k + NEGLIGIBLE) / b_slope
     b_far = gl.where((b_slope > 0) & (b_far < EVERYWHERE), gl.ceil(b_far), EVERYWHERE)
     return gl.max(b_far, 0).to(gl.int32)
@@ -179,7 +181,7 @@ def _weigh(
 def _rounded(b_w, dtype: gl.constexpr, LAYOUT: gl.constexpr):
     """The weights as a factor of the product with V.
 
-    Rounded after the loop's turn: halves of registers that the loop carries come out swapped.
+    Rounded after the loop's turn: where a loop carries 16-bit operands, triton 3.6 swaps the halves of registers.
     """
     return gl.convert_layout(b_w.to(dtype), gl.DotOperandLayout(0, LAYOUT, 2))
 
@@ -242,9 +244,9 @@ def _consume(
     b_slope = 0.0
     if BIASED:
         if GROUPS == 1:
-            b_slope = gl.load(p_slopes + i_head) * 1.4426950408889634
+            b_slope = gl.load(p_slopes + i_head) * LOG2_E
         else:
-            b_slope = gl.load(p_slopes + i_head * GROUPS + o_group) * 1.4426950408889634
+            b_slope = gl.load(p_slopes + i_head * GROUPS + o_group) * LOG2_E
     rows = (b_slope, o_query, o_first, gl.where(mask, o_query, NEVER))
     b_total = gl.zeros([ROWS], gl.float32, ROW)
     b_highest = gl.full([ROWS], float("-inf"), gl.float32, ROW)
@@ -275,8 +277,9 @@ def _consume(
     b_none = b_total == 0
     b_inverse = 1.0 / gl.where(b_none, 1.0, b_total)
     b_y = b_y * gl.convert_layout(b_inverse, gl.SliceLayout(1, Y_LAYOUT))[:, None]
-    # y in q's place, so that stores are 16 bytes wide; places anew, which through the loops would take registers.
+    # y in q's place, so that stores are 16 bytes wide; places anew, or they would take registers through the loops.
     q.store(b_y.to(p_y.dtype.element_ty))
+    # There always are blocks: this only hides from the compiler that the places are those of q.
     base, o_wide, inside = _places(gl.where(blocks > 0, i_row, 0), tokens, HEADS, GROUPS, DIM, WIDE)
     gl.store(p_y + base + o_wide, q.load(WIDE), mask=inside)
     p_statistic = p_lse + (gl.program_id(2).to(gl.int64) * (HEADS // GROUPS) + i_head) * tokens * GROUPS
@@ -285,7 +288,7 @@ def _consume(
 
 
 @gluon.jit(do_not_specialize=["tokens", "offset", "window"])
-def _forward(
+def _forward_by_groups(
     p_q,
     k_desc,
     v_desc,
@@ -350,7 +353,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, norms: Tensor | None, scoring: Scor
     shape, strides = [batch, keys, key_heads * dim], [keys * key_heads * dim, key_heads * dim, 1]
     block = [1, KEYS[dim], dim]
     farthest = tokens - scoring.key_offset
-    _forward[cdiv(tokens * heads // key_heads, BLOCK_M.value), key_heads, batch](
+    _forward_by_groups[cdiv(tokens * heads // key_heads, BLOCK_M.value), key_heads, batch](
         q,
         *(TensorDescriptor(t, shape, strides, block, RING) for t in (k, v)),
         scoring.doc_start,
@@ -361,7 +364,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, norms: Tensor | None, scoring: Scor
         tokens,
         scoring.key_offset,
         farthest if scoring.window is None else min(scoring.window, farthest),
-        scoring.scale * LOG2_E,
+        scoring.scale * rules.LOG2_E,
         HEADS=heads,
         GROUPS=heads // key_heads,
         DIM=dim,

@@ -1,4 +1,4 @@
-"""Attention in Triton: a pass for y, and backward a pass for dq and one for dk and dv; no sum is shared.
+"""Attention in Triton: a pass for y, on Hopper GPUs often hopper.py's, and backward one for dq and one for dk and dv.
 
 The queries of a key head are laid out as rows: with G = H / Hkv query heads to a key head, row r is head r % G of
 token r // G. A block of rows then holds all heads of a few tokens, so a key block is loaded once for the whole group,
@@ -28,13 +28,15 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton import knobs
 
 from ..dispatch import log_choice, on
 from ..sizes import cdiv, next_power_of_2
 from . import scoring as rules
-from .scoring import LOG2_E, Scoring, statistics_shape
+from .scoring import Scoring, statistics_shape
 
-NEGLIGIBLE, EVERYWHERE, NEVER = (tl.constexpr(n) for n in (rules.NEGLIGIBLE, rules.EVERYWHERE, rules.NEVER))
+LOG2_E, NEGLIGIBLE = tl.constexpr(rules.LOG2_E), tl.constexpr(rules.NEGLIGIBLE)
+EVERYWHERE, NEVER = tl.constexpr(rules.EVERYWHERE), tl.constexpr(rules.NEVER)
 
 
 class Tile(NamedTuple):
@@ -52,9 +54,11 @@ MOST_SHARED = 128
 # With a window of at most so many keys hardly a block is whole: every block is masked, in one loop whose loads all
 # begin at once; hopper.py's larger blocks take 1.7 times the time of a window of 64.
 NARROW = 128
-# Head dims of hopper.py's kernel; with fewer tokens ours is as fast, 1.1 times as fast with 512 of 16 heads of 128.
+# Of hopper.py's kernel: its head dims, the fewest tokens it is worth (with 512, of 16 heads of 128, `_forward` takes
+# 0.8 to 0.9 of its time), and the releases of Triton whose Gluon it was compiled with, for that may change.
 HOPPER_DIMS = (64, 128, 256)
 LEAST_TOKENS = 2048
+GLUON_RELEASES = ("3.6", "3.7")
 # Elements of a block whose norms are compared: 64 a thread, in loads that all begin at once.
 NORMS_BLOCK = 16384
 
@@ -99,7 +103,7 @@ def _reach(p_slopes, p_norms, factor, HEADS: tl.constexpr, GROUPS: tl.constexpr)
     p_row = p_norms + tl.program_id(2) * (HEADS + HEADS // GROUPS)
     b_q = tl.sqrt(tl.load(p_row + o_head))
     b_k = tl.sqrt(tl.load(p_row + HEADS + tl.program_id(1)))
-    b_slope = tl.load(p_slopes + o_head) * 1.4426950408889634
+    b_slope = tl.load(p_slopes + o_head) * LOG2_E
     b_far = (2 * factor * b_q * b_k + NEGLIGIBLE) / b_slope
     b_far = tl.where((b_slope > 0) & (b_far < EVERYWHERE), tl.ceil(b_far), EVERYWHERE)
     return tl.max(b_far, 0).to(tl.int32)
@@ -254,9 +258,9 @@ def _slopes(p_slopes, o_group, GROUPS: tl.constexpr):
     if p_slopes is None:
         b = 0.0
     elif GROUPS == 1:
-        b = tl.load(p_slopes + tl.program_id(1)) * 1.4426950408889634
+        b = tl.load(p_slopes + tl.program_id(1)) * LOG2_E
     else:
-        b = tl.load(p_slopes + tl.program_id(1) * GROUPS + o_group) * 1.4426950408889634
+        b = tl.load(p_slopes + tl.program_id(1) * GROUPS + o_group) * LOG2_E
     return b
 
 
@@ -673,14 +677,14 @@ def _backward_keys(
 
 def forward(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> tuple[Tensor, Tensor]:
     """(y [B, T, H, V], base-2 log-sum-exp of the scores [B, Hkv, T * G]); see op.py."""
-    q, k, v, *rules = _packed(q, k, v, scoring.doc_start, scoring.slopes)
-    scoring = scoring._replace(doc_start=rules[0], slopes=rules[1])
+    q, k, v = _packed(q, k, v)
+    scoring = _packed_rules(scoring)
     with _on(q):
         norms = largest_norms(q, k, scoring)
         if covers(q, k, v, scoring):
             from . import hopper
 
-            log_choice("attention forward", "cuda", q.dtype, "triton", "hopper")
+            log_choice("attention forward", "cuda", q.dtype, "auto or triton", "hopper")
             return hopper.forward(q, k, v, norms, scoring)
         y = q.new_empty(*q.shape[:3], v.shape[3])
         lse = q.new_empty(statistics_shape(q, k), dtype=torch.float32)
@@ -691,8 +695,9 @@ def forward(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> tuple[Tensor, 
 def covers(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> bool:
     """Whether hopper.py's kernel computes the forward pass of these contiguous tensors.
 
-    It does on a GPU of capability 9.0, for heads of HOPPER_DIMS in 16 bits, from LEAST_TOKENS queries on, where the
-    last key is the last query's own and a window is not NARROW. TMA takes keys and values from addresses of 16 bytes.
+    It does on an NVIDIA GPU of capability 9.0, with one of GLUON_RELEASES, for heads of HOPPER_DIMS in 16 bits, from
+    LEAST_TOKENS queries on, where the last key is the last query's own and a window is not NARROW. TMA takes keys and
+    values from addresses of 16 bytes.
     """
     square = LEAST_TOKENS <= q.shape[1] == k.shape[1] + scoring.key_offset
     wide = scoring.window is None or scoring.window > NARROW
@@ -704,15 +709,16 @@ def covers(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> bool:
 
 @functools.cache
 def _is_hopper(device: int) -> bool:
-    return torch.cuda.get_device_capability(device) == (9, 0)
+    known = triton.__version__.rpartition(".")[0] in GLUON_RELEASES and not knobs.runtime.interpret
+    return known and torch.version.hip is None and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def backward(
     dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, scoring: Scoring
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv); the scores are computed once more for each pass."""
-    dy, q, k, v, *rules = _packed(dy, q, k, v, scoring.doc_start, scoring.slopes)
-    scoring = scoring._replace(doc_start=rules[0], slopes=rules[1])
+    dy, q, k, v = _packed(dy, q, k, v)
+    scoring = _packed_rules(scoring)
     with _on(q):
         norms = largest_norms(q, k, scoring)
         dq, delta = backward_queries(dy, q, k, v, y, lse, norms, scoring)
@@ -768,7 +774,7 @@ def _launch(
         k.shape[1],
         scoring.key_offset,
         window,
-        scoring.scale * LOG2_E,
+        scoring.scale * rules.LOG2_E,
         *last,
         HEADS=heads,
         GROUPS=groups,
@@ -820,9 +826,18 @@ def _until(k: Tensor, scoring: Scoring) -> Tensor | None:
     return torch.searchsorted(doc_start, positions, right=True, out_int32=True)
 
 
-def _packed(*tensors: Tensor | None) -> list[Any]:
+def _packed(*tensors: Tensor) -> list[Tensor]:
     """The tensors laid out contiguously, as the kernels address them."""
-    return [None if t is None else t.contiguous() for t in tensors]
+    return [t.contiguous() for t in tensors]
+
+
+def _packed_rules(scoring: Scoring) -> Scoring:
+    """Likewise its tensors, the slopes in fp32."""
+    start, slopes = scoring.doc_start, scoring.slopes
+    return scoring._replace(
+        doc_start=None if start is None else start.contiguous(),
+        slopes=None if slopes is None else slopes.float().contiguous(),
+    )
 
 
 def _on(tensor: Tensor) -> contextlib.AbstractContextManager:

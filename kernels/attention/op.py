@@ -40,7 +40,7 @@ def attention(
         doc_start_i <= p_j <= i  and  i - p_j < window
 
     Where every earlier key is kept (no window, ALiBi, halo or second document in a row), "auto" takes cuDNN's kernel
-    on GPUs that have it: it is faster there than the Triton kernels, but its gradients have other bits each time.
+    on GPUs that have it: its backward pass is faster than ours, but its gradients have other bits each time.
     `torch.use_deterministic_algorithms(True)` or implementation="triton" avoids it; all else repeats its bits.
 
     A query that keeps no key gives 0. Multi-query and grouped-query attention: query head h reads key head

@@ -176,7 +176,7 @@ def _forward(
 @opaque("scaled")
 def _scaled(tensor: Tensor, factor: Tensor, like: Tensor, implementation: str) -> Tensor:
     """tensor * factor in the dtype of `like`, in one pass."""
-    return _module(implementation, like).scaled(tensor, factor, like.dtype)
+    return _module(implementation, like).scaled(tensor.contiguous(), factor, like.dtype)
 
 
 @opaque("vocabulary_pieces")

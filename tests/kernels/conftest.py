@@ -24,7 +24,7 @@ if DEVICE == "cpu":
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Where there is a GPU, what runs on `device` is the GPU's: `make test-gpu` runs it, `make test` does not."""
+    """Where there is a GPU, what runs on `device` is the GPU's: `make test-gpu` runs it, and nothing else does."""
     for item in items:
         if DEVICE == "cuda" and "device" in getattr(item, "fixturenames", ()) and HERE in item.path.parents:
             item.add_marker(pytest.mark.gpu)

@@ -41,6 +41,15 @@ def forward(q, k, v, scoring):
     return hopper.forward(q, k, v, kernel.largest_norms(q, k, scoring), scoring)
 
 
+def kernel_on(device, inputs, scoring):
+    """As kernel.forward does where another GPU is the current one."""
+    from longscan.kernels.attention import kernel
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernel, "LEAST_TOKENS", 1)
+        return kernel.forward(*(t.to(device) for t in inputs), scoring._replace(slopes=scoring.slopes.to(device)))
+
+
 def inputs_of(heads, key_heads, slopes, dtype, batch, tokens, halo=0, seed=0, dim=128):
     """q, k, v and slopes on the GPU; steep ones end the reach of heads within these lengths."""
     inputs = [t.detach().cuda() for t in make(batch, tokens, heads, key_heads, halo, dtype, dim, dim, seed)]
@@ -146,6 +155,41 @@ class TestOnHopper:
             kernel_against_bar(case, "cuda", random_segments)
         assert "attention forward on cuda in bfloat16: hopper" in caplog.text
 
+    def test_a_cuda_graph_replays_it(self, monkeypatch):
+        """The descriptors of keys and values are recorded with their addresses."""
+        from longscan.kernels.attention import kernel
+
+        monkeypatch.setattr(kernel, "LEAST_TOKENS", 1)
+        inputs, slopes = inputs_of(4, 4, "steep", BF16, 2, 300)
+        attention(*inputs, alibi_slopes=slopes)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = attention(*inputs, alibi_slopes=slopes)
+        for seed in (1, 2):
+            for place, new in zip(inputs, inputs_of(4, 4, "steep", BF16, 2, 300, seed=seed)[0], strict=True):
+                place.copy_(new)
+            graph.replay()
+            assert torch.equal(y, attention(*inputs, alibi_slopes=slopes))
+
+    @pytest.mark.skipif("torch.cuda.device_count() < 2", reason="needs two GPUs")
+    def test_it_runs_where_its_inputs_are(self):
+        inputs, slopes = inputs_of(4, 4, "steep", BF16, 2, 300)
+        scoring = Scoring(None, slopes, None, 0, 128**-0.5)
+        exact = forward(*inputs, scoring)
+        there = kernel_on("cuda:1", inputs, scoring)
+        assert all(torch.equal(a, b.cuda()) for a, b in zip(exact, there, strict=True))
+
+    def test_places_beyond_32_bits(self):
+        """More than 2^31 numbers in q, k, v and y."""
+        tokens, window = 2**20 + 64, 256
+        inputs = [torch.randn(1, tokens, 16, 128, device="cuda", dtype=BF16) for _ in range(3)]
+        scoring = Scoring(None, None, window, 0, 128**-0.5)
+        y, lse = forward(*inputs, scoring)
+        q, k, v = (t[:, -n:].clone() for t, n in zip(inputs, (window, 2 * window, 2 * window), strict=True))
+        last, last_lse = forward(q, k, v, scoring._replace(key_offset=-window))
+        torch.testing.assert_close(y[:, -window:], last, rtol=2**-6, atol=2**-8)
+        torch.testing.assert_close(lse[..., -window:], last_lse, rtol=1e-6, atol=5e-6)
+
     def test_compiled_code_has_the_same_bits(self):
         from longscan.kernels.attention import kernel
 
@@ -206,7 +250,7 @@ def output(*command):
 for heads, groups, biased, documents, dtype, dim in CASES:
     absent = ([] if biased else ["p_slopes", "p_norms"]) + ([] if documents else ["p_doc_start"])
     constants = {"HEADS": heads, "GROUPS": groups, "DIM": dim, "BLOCK_N": hopper.KEYS[dim]} | dict.fromkeys(absent)
-    built = compiled(hopper._forward, constants, lambda name: kind(dtype, dim, name), num_warps=4)
+    built = compiled(hopper._forward_by_groups, constants, lambda name: kind(dtype, dim, name), num_warps=4)
     with tempfile.TemporaryDirectory() as folder:
         cubin, ptx = f"{folder}/kernel.cubin", f"{folder}/kernel.ptx"
         open(cubin, "wb").write(built.asm["cubin"])
