@@ -247,10 +247,10 @@ def compare_steps(
         copied = graphs and has_copy_engines(place, dims)
         many = load_of(preset, replace(dims, copy_engines=copied), *sizes)
         with place.alone():
-            taken, peak = steps.train(one, place.device, cuda_graphs=graphs)
+            taken, peak = steps.train(replace(one, cuda_graphs=graphs), place.device)
         with place.together(f"steps {axis} graphs={graphs}"):
             taken = mean_over_ranks(taken, place.device)
-            shared = steps.train(many, place.device, cuda_graphs=graphs)
+            shared = steps.train(replace(many, cuda_graphs=graphs), place.device)
         if place.rank == 0:
             impl = GRAPHED if graphs else "longscan"
             steps.note(preset, one, taken, peak, impl)

@@ -56,15 +56,15 @@ def fill(model: nn.Module) -> None:
 
 
 @contextmanager
-def engine_of(load: Load, device: torch.device, compile: bool = False, cuda_graphs: bool = False) -> Iterator[Engine]:
-    """An engine with the load's model, its blocks compiled or not, its micro-batches CUDA graphs or not."""
+def engine_of(load: Load, device: torch.device, compile: bool = False) -> Iterator[Engine]:
+    """An engine with the load's model, its blocks compiled or not."""
     release(device)
     # The ranks of a replica read the same rows.
     torch.manual_seed(0)
     with torch.device(device):
         model = make_model(load.model, load.dims, compile, activation_checkpoint=load.checkpointing)
     fill(model)
-    engine = Engine(model, load.dims, OptimizerOptions(), load.precision, device, cuda_graphs)
+    engine = Engine(model, load.dims, OptimizerOptions(), load.precision, device, load.cuda_graphs)
     del model
     try:
         yield engine
@@ -96,9 +96,9 @@ def compile_step(engine: Engine, batch: Batch) -> None:
     compile_kernels(partial(engine.rehearse, [batch]), engine.device)
 
 
-def train(load: Load, device: torch.device, compile: bool = False, cuda_graphs: bool = False) -> tuple[float, float]:
+def train(load: Load, device: torch.device, compile: bool = False) -> tuple[float, float]:
     """(seconds a step, the slowest rank's; GiB of tensors at the peak on this rank), inside the process group."""
-    with engine_of(load, device, compile, cuda_graphs) as engine:
+    with engine_of(load, device, compile) as engine:
         batches = [batch_of(load) for _ in range(load.micro_batches)]
         compile_step(engine, batches[0])
         release(device)
