@@ -143,7 +143,8 @@ SOFTMAX = [
 
 def _print_softmax(vocabulary: int, labels: Tensor) -> None:
     logits = torch.randn(labels.shape[0], vocabulary, device="cuda", dtype=torch.bfloat16)
-    by = [torch.rand(labels.shape[0], device="cuda") for _ in range(4)]
+    highest, total, target, spread = torch.rand(4, labels.shape[0], device="cuda")
+    by = (highest, total, target, spread)
     names = ("WHOLE", "VALUES", "STAGES", "PROCESSOR_WARPS", "BLOCK", "WARPS")
     for sizes in SOFTMAX:
         with contextlib.ExitStack() as standing:
@@ -152,10 +153,11 @@ def _print_softmax(vocabulary: int, labels: Tensor) -> None:
             label = ", ".join(f"{n} {s}" for n, s in zip(names, sizes, strict=True))
             time = time_or_error(lambda: kernel.loss_and_gradient_(logits, labels, -100, 0.0, 0.0, 0.0))
             print(f"loss and gradient, {label}: {time}", flush=True)
-            print(f"statistics, {label}: {time_or_error(lambda: kernel.statistics(logits, labels, 0.0))}", flush=True)
+            time = time_or_error(lambda: kernel.statistics(logits, labels, 0.0, by))
+            print(f"statistics, {label}: {time}", flush=True)
     for part, warps in ((2048, 4), (1024, 4), (4096, 8), (8192, 8)):
         with _set(kernel, "PART", part), _set(kernel, "PART_WARPS", warps):
-            time = time_or_error(lambda: kernel.gradient_(logits, labels, *by, 0.0))
+            time = time_or_error(lambda: kernel.gradient_(logits, labels, by, 0.0))
             print(f"gradient, {part} columns, {warps} warps: {time}", flush=True)
 
 

@@ -177,9 +177,9 @@ def _pivot(figures: Sequence[Figure]) -> Iterator[str]:
 def _counters(figures: Sequence[Figure]) -> Iterator[str]:
     """A row a kernel under the work it belongs to; what its warps wait for in one column, the commonest first."""
     yield f"{figures[-1]['device']}; {_versions(figures[-1])}; commit {figures[-1]['commit']}\n"
-    shown = ("launches", "time", "share of the work", "tensor pipe", "L2", "dram", "occupancy", "registers")
     units = {figure["metric"]: figure["unit"] for figure in figures}
-    shown = [name for name in shown if name in units]
+    names = ("launches", "time", "share of the work", "tensor pipe", "L2", "dram", "occupancy", "registers")
+    shown = [name for name in names if name in units]
     heads = (f"{name}, {units[name]}" for name in shown[1:])
     yield from _heading("work", "kernel", shown[0], *heads, "waits, warps an issue")
     last = None

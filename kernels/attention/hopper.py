@@ -352,7 +352,6 @@ def forward(q: Tensor, k: Tensor, v: Tensor, norms: Tensor | None, scoring: Scor
     # Batch rows are a dimension of their own: beyond the end of one there are zeros, not the next one's keys.
     shape, strides = [batch, keys, key_heads * dim], [keys * key_heads * dim, key_heads * dim, 1]
     block = [1, KEYS[dim], dim]
-    farthest = tokens - scoring.key_offset
     _forward_by_groups[cdiv(tokens * heads // key_heads, BLOCK_M.value), key_heads, batch](
         q,
         *(TensorDescriptor(t, shape, strides, block, RING) for t in (k, v)),
@@ -363,7 +362,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, norms: Tensor | None, scoring: Scor
         lse,
         tokens,
         scoring.key_offset,
-        farthest if scoring.window is None else min(scoring.window, farthest),
+        scoring.most_keys(tokens),
         scoring.scale * rules.LOG2_E,
         HEADS=heads,
         GROUPS=heads // key_heads,

@@ -54,10 +54,9 @@ MOST_SHARED = 128
 # With a window of at most so many keys hardly a block is whole: every block is masked, in one loop whose loads all
 # begin at once; hopper.py's larger blocks take 1.7 times the time of a window of 64.
 NARROW = 128
-# Of hopper.py's kernel: its head dims, the fewest tokens it is worth (with 512, of 16 heads of 128, `_forward` takes
-# 0.8 to 0.9 of its time), and the releases of Triton whose Gluon it was compiled with, for that may change.
-HOPPER_DIMS = (64, 128, 256)
-LEAST_TOKENS = 2048
+# Of hopper.py's kernel. With 512 tokens of 16 heads of 128 `_forward` takes 0.8 to 0.9 of its time.
+HOPPER_DIMS, LEAST_TOKENS = (64, 128, 256), 2048
+# The releases of Triton whose Gluon, which may change, it was compiled with.
 GLUON_RELEASES = ("3.6", "3.7")
 # Elements of a block whose norms are compared: 64 a thread, in loads that all begin at once.
 NORMS_BLOCK = 16384
@@ -763,8 +762,7 @@ def _launch(
     block_k, block_v = (max(16, next_power_of_2(t.shape[3])) for t in (q, v))
     batch, tokens, heads, _ = q.shape
     groups = heads // k.shape[2]
-    farthest = tokens - scoring.key_offset
-    window = farthest if scoring.window is None else min(scoring.window, farthest)
+    window = scoring.most_keys(tokens)
     tile = tile_of(work, q.dtype, max(block_k, block_v), groups, window)
     by_rows = work in ("forward", "dq")
     blocks = cdiv(tokens * groups, tile.rows) if by_rows else cdiv(k.shape[1], tile.keys)

@@ -31,6 +31,11 @@ class Scoring(NamedTuple):
     key_offset: int
     scale: float
 
+    def most_keys(self, tokens: int) -> int:
+        """The most keys that one of `tokens` queries keeps, were there as many: the window, or all up to the last."""
+        every = tokens - self.key_offset
+        return every if self.window is None else min(self.window, every)
+
 
 def statistics_shape(q: Tensor, k: Tensor) -> tuple[int, int, int]:
     """[B, Hkv, T * G], how numbers about (token, query head) are laid out: the rows of a key head end to end."""

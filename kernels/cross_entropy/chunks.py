@@ -84,32 +84,25 @@ def pieces(softmax: ModuleType, hidden: Tensor, weight: Tensor, labels: Tensor, 
 
 
 def pieces_gradients(
-    softmax: ModuleType,
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    highest: Tensor,
-    by_total: Tensor,
-    by_target: Tensor,
-    by_spread: Tensor,
-    cap: float,
+    softmax: ModuleType, hidden: Tensor, weight: Tensor, labels: Tensor, by: Pieces, cap: float
 ) -> tuple[Tensor, Tensor]:
     """(gradient of hidden, gradient of weight), one of them in fp32, from logits computed anew.
 
-    With every row's `highest` known, chunks may be of rows or of columns: whichever leaves the smaller sum to be read
-    and written once a chunk.
+    `by` is every row's highest and the gradients of total, target and spread. With the highest known, chunks may be of
+    rows or of columns: whichever leaves the smaller sum to be read and written once a chunk.
     """
-    by = (highest, by_total, by_target, by_spread)
+    highest, by_total, by_target, by_spread = by
     if hidden.shape[0] >= weight.shape[0]:
         dhidden, dweight = torch.empty_like(hidden), _sum_like(weight)
         for rows, logits in _row_chunks(hidden, weight):
-            softmax.gradient_(logits, labels[rows], *(t[rows] for t in by), cap)
+            part = (highest[rows], by_total[rows], by_target[rows], by_spread[rows])
+            softmax.gradient_(logits, labels[rows], part, cap)
             torch.mm(logits, weight, out=dhidden[rows])
             _accumulate(dweight, logits.t(), hidden[rows], first=rows.start == 0)
     else:
         dhidden, dweight = _sum_like(hidden), torch.empty_like(weight)
         for columns, logits in _column_chunks(hidden, weight):
-            softmax.gradient_(logits, labels, *by, cap, columns.start)
+            softmax.gradient_(logits, labels, by, cap, columns.start)
             torch.mm(logits.t(), hidden, out=dweight[columns])
             _accumulate(dhidden, logits, weight[columns], first=columns.start == 0)
     return dhidden, dweight

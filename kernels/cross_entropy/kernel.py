@@ -246,30 +246,19 @@ def _scale(p_x, p_factor, p_y, size, BLOCK: tl.constexpr):
     tl.store(p_y + o, b.to(p_y.dtype.element_ty), mask=o < size)
 
 
-def statistics(logits: Tensor, labels: Tensor, soft_cap: float, out: Pieces | None = None) -> Pieces:
-    """(highest, total, target, spread) [n], in `out` if given; `target` is 0 where the label is none of the columns."""
-    highest, total, target, spread = out or (_per_row(logits) for _ in range(4))
+def statistics(logits: Tensor, labels: Tensor, soft_cap: float, out: Pieces) -> None:
+    """Writes (highest, total, target, spread) [n]; `target` is 0 where the label is none of the columns."""
     programs, options = _plan(logits, soft_cap)
     with on(logits):
-        _statistics[(programs,)](logits, labels, highest, total, target, spread, *logits.shape, soft_cap, **options)
-    return highest, total, target, spread
+        _statistics[(programs,)](logits, labels, *out, *logits.shape, soft_cap, **options)
 
 
-def gradient_(
-    logits: Tensor,
-    labels: Tensor,
-    highest: Tensor,
-    by_total: Tensor,
-    by_target: Tensor,
-    by_spread: Tensor,
-    cap: float,
-    first: int = 0,
-) -> None:
-    """Overwrites the logits by their gradient; by_total, by_target and by_spread are [n].
+def gradient_(logits: Tensor, labels: Tensor, by: Pieces, cap: float, first: int = 0) -> None:
+    """Overwrites the logits by their gradient; `by` is highest and the gradients of total, target and spread, each [n].
 
     The labels are counted from a column that is `first` columns before these logits.
     """
-    coefficients = [t.contiguous() for t in (highest, by_total, by_target, by_spread)]
+    coefficients = [t.contiguous() for t in by]
     rows, columns = logits.shape
     block = min(PART, next_power_of_2(columns))
     with on(logits):

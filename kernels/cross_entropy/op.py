@@ -204,10 +204,7 @@ def _pieces_backward(
         hidden.contiguous(),
         weight.contiguous(),
         labels.contiguous(),
-        highest,
-        by_total,
-        by_target,
-        by_spread,
+        (highest, by_total, by_target, by_spread),
         cap,
     )
     return dhidden.to(hidden.dtype), dweight.to(weight.dtype)

@@ -22,31 +22,19 @@ from torch import Tensor
 Pieces = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def statistics(logits: Tensor, labels: Tensor, soft_cap: float, out: Pieces | None = None) -> Pieces:
-    """(highest, total, target, spread) [n], in `out` if given; `target` is 0 where the label is none of the columns."""
-    pieces = _statistics(_capped(logits, soft_cap), labels)[0]
-    if out is None:
-        return pieces
-    for into, piece in zip(out, pieces, strict=True):
+def statistics(logits: Tensor, labels: Tensor, soft_cap: float, out: Pieces) -> None:
+    """Writes (highest, total, target, spread) [n]; `target` is 0 where the label is none of the columns."""
+    for into, piece in zip(out, _statistics(_capped(logits, soft_cap), labels)[0], strict=True):
         into.copy_(piece)
-    return out
 
 
-def gradient_(
-    logits: Tensor,
-    labels: Tensor,
-    highest: Tensor,
-    by_total: Tensor,
-    by_target: Tensor,
-    by_spread: Tensor,
-    cap: float,
-    first: int = 0,
-) -> None:
-    """Overwrites the logits by their gradient; by_total, by_target and by_spread are [n].
+def gradient_(logits: Tensor, labels: Tensor, by: Pieces, cap: float, first: int = 0) -> None:
+    """Overwrites the logits by their gradient; `by` is highest and the gradients of total, target and spread, each [n].
 
     The labels are counted from a column that is `first` columns before these logits.
     """
     scores = _capped(logits, cap)
+    highest, by_total, by_target, by_spread = by
     _write_gradient(logits, scores, _weights(scores, highest), labels - first, by_total, by_target, by_spread, cap)
 
 

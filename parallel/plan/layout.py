@@ -121,9 +121,8 @@ class Plan:
             plan = Plan(load, self.cluster)
             if plan.fits:
                 rate = simulate(load, self.cluster).rate if load.precision == "bf16" else None
-                yield Remedy(
-                    load, (*(f"{key}={str(value).lower()}" for key, value in chosen), *extra), plan.largest, rate
-                )
+                told = (f"{key}={str(value).lower()}" for key, value in chosen)
+                yield Remedy(load, (*told, *extra), plan.largest, rate)
 
 
 def _changes(load: Load) -> Iterator[tuple[str, int | str | bool]]:
