@@ -73,11 +73,11 @@ def rg_lru_work(batch: int, tokens: int, width: int) -> Work:
     return Work(name, leaves, lambda *a: rg_lru(*a)[0], 4 * size, 12 * size)
 
 
-# rows, steps, block, warps, registers
-SCAN_FORWARD = [(16, 16, 32, 8), (16, 16, 32, 8, 96), (16, 8, 32, 8, 64), (8, 16, 64, 8), (8, 16, 64, 8, 96)]
-SCAN_BACKWARD = [(16, 16, 32, 8), (8, 16, 64, 8)]
-GATED_FORWARD = [(16, 8, 32, 8, 64), (16, 8, 64, 16, 64), (32, 8, 32, 16, 64), (8, 16, 64, 8, 128)]
-GATED_BACKWARD = [(16, 8, 32, 8, 128), (8, 8, 64, 8, 128)]
+# rows, steps, block, warps, registers, skip
+SCAN_FORWARD = [(16, 16, 32, 8, None, skip) for skip in (1, 2)] + [(8, 16, 64, 8, None, skip) for skip in (1, 2)]
+SCAN_BACKWARD = SCAN_FORWARD
+GATED_FORWARD = [(16, 8, 32, 8, 64, 1), (16, 8, 32, 8, 64, 2), (16, 16, 32, 8, 96, 1), (8, 8, 64, 8, 64, 1)]
+GATED_BACKWARD = [(16, 8, 32, 8, 128, skip) for skip in (1, 2)]
 
 
 def candidates() -> None:

@@ -9,14 +9,18 @@ registers are all the arithmetic there is:
 
 Between them the pairs are folded over the stretches of the tile, and the tile waits for the pair of everything before
 it, which the tile before publishes as soon as it has its own. So a state crosses T / (ROWS x STEPS) programs one after
-the other, about a microsecond each, beside the loads and stores of all the others. Every fold has one fixed order, so
+the other, 0.8 us each, beside the loads and stores of all the others. Where few rows leave that chain in sight, it
+skips every other tile (SKIP = 2): a tile publishes its own pair at once, and waits for that of the tile before and for
+the pair of everything before that one, which the tile before the last publishes. Every fold has one fixed order, so
 bits repeat.
 
-A program takes a ticket for its tile, the first tiles of all channels before the second ones, so the tile it waits for
-is always done or in work.
+The first tiles of all channels come before the second ones, and a GPU begins programs in the order of their numbers
+(CUB's scans rest on that as well), so the tile that is waited for is always done or in work.
 
 A pair is one 64-bit word a channel whose sign bit, spare since factors are >= 0, says that it is there: data and flag
-arrive together and need no fence.
+arrive together and need no fence. All warps of a program poll. Each must go on with what it has seen itself, for what
+one sees another may not see yet; so the lanes of a warp hold all channels of a poll, and no word of it crosses warps.
+A word has one reader, which clears it.
 
 The adjoint is the same scan over mirrored tokens. Tokens beyond the end have factor 1 and input 0.
 
@@ -30,6 +34,8 @@ any arithmetic.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,37 +58,42 @@ LOW_BITS = tl.constexpr(2**31 - 1)
 
 @dataclass(frozen=True)
 class Tile:
-    """`rows` stretches of `steps` tokens by `block` channels, walked by `warps` of at most so many `registers`."""
+    """`rows` stretches of `steps` tokens by `block` channels, walked by `warps` of at most so many `registers`.
+
+    The chain of states goes to the next tile, or with a `skip` of 2 to the one after it.
+    """
 
     rows: int
     steps: int
     block: int
     warps: int
     registers: int | None = None
+    skip: int = 1
+
+    def __post_init__(self) -> None:
+        # What a warp polls at once, twice; and a word has one reader.
+        assert self.block <= 64 and self.skip in (1, 2), self
 
     def count(self, tokens: int) -> int:
         """Tiles of a row."""
         return -(-tokens // (self.rows * self.steps))
 
 
-# For rows of more than LONG tokens, and up to it: then the chain is short enough for smaller tiles of whole 128-byte
-# lines. The fastest of those that benchmarks.kernels_scans times on an H100.
-LONG = 8192
-FORWARD = Tile(rows=16, steps=16, block=32, warps=8), Tile(rows=8, steps=16, block=64, warps=8)
-BACKWARD = Tile(rows=16, steps=16, block=32, warps=8), Tile(rows=8, steps=16, block=64, warps=8)
+# For few channels in all rows together, whose tiles are done faster than their states arrive, and from MANY on, where
+# smaller tiles of whole 128-byte lines do. The fastest of those that benchmarks.kernels_scans times on an H100.
+MANY = 8192
+FORWARD = Tile(rows=16, steps=16, block=32, warps=8, skip=2), Tile(rows=8, steps=16, block=64, warps=8)
+BACKWARD = Tile(rows=16, steps=16, block=32, warps=8, skip=2), Tile(rows=8, steps=16, block=64, warps=8)
 # Of the passes that walk once.
 SUMMARY = FORWARD
 
 
 @triton.jit
-def place(p_words, batch, tokens, tiles, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr):
-    """(tile in the order walked, row, o_d, tokens of the row from the tile on) by the next ticket."""
+def place(batch, tokens, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr):
+    """(tile in the order walked, row, o_d, tokens of the row from the tile on) of the program."""
     columns: tl.constexpr = (WIDTH + BLOCK_D - 1) // BLOCK_D
-    # A size that is 1 arrives as a constant, which has no methods, so the product starts from a tensor.
-    counter = p_words + tl.full((), WIDTH, tl.int64) * batch * tiles
-    ticket = tl.atomic_add(counter, 1, sem="relaxed").to(tl.int32)
-    i_tile = ticket // (columns * batch)
-    rest = ticket % (columns * batch)
+    i_tile = tl.program_id(0) // (columns * batch)
+    rest = tl.program_id(0) % (columns * batch)
     o_d = rest % columns * BLOCK_D + tl.arange(0, BLOCK_D)
     return i_tile, (rest // columns).to(tl.int64), o_d, tokens - i_tile * TILE
 
@@ -165,33 +176,101 @@ def _word(b_decay, b_state):
 
 
 @triton.jit
-def _before(p_words, i_word, i_tile, o_d, WIDTH: tl.constexpr):
-    """The pair [1, D] of the row before the tile, once it is there."""
-    wanted = (o_d < WIDTH) & (i_tile > 0)
-    p_word = p_words + (i_word - 1) * WIDTH + o_d
-    b_words = tl.load(p_word, mask=wanted, other=IDENTITY, volatile=True)
-    while tl.max((b_words >> 32).to(tl.int32), 0) >= 0:
-        b_words = tl.load(p_word, mask=wanted, other=IDENTITY, volatile=True)
-    b_decay = ((b_words >> 32).to(tl.int32) & LOW_BITS).to(tl.float32, bitcast=True)
-    b_state = b_words.to(tl.int32).to(tl.float32, bitcast=True)
-    return b_decay[None, :], b_state[None, :]
+def _pair(b_word):
+    """The pair [1, D] of a word."""
+    b_decay = ((b_word >> 32).to(tl.int32) & LOW_BITS).to(tl.float32, bitcast=True)
+    return b_decay[None, :], b_word.to(tl.int32).to(tl.float32, bitcast=True)[None, :]
 
 
 @triton.jit
-def fold(p_words, p_initial, b_decay, b_state, i_tile, tiles, i_row, o_d, WIDTH: tl.constexpr, ROWS: tl.constexpr):
+def _polled(p_tile, i_tile, o_d, BACK: tl.constexpr, WIDTH: tl.constexpr, SKIP: tl.constexpr):
+    """Pointers and mask of a word: of all up to the tile SKIP before, or of a nearer one alone."""
+    kind: tl.constexpr = 1 if BACK == 2 else 0
+    return p_tile + (kind - BACK * SKIP) * WIDTH + o_d, (o_d < WIDTH) & (i_tile >= BACK)
+
+
+@triton.jit
+def _poll(p_tile, i_tile, channels, WIDTH: tl.constexpr, SKIP: tl.constexpr, PARTS: tl.constexpr):
+    """What is there of the words before a tile: of each part of its channels those of SKIP tiles, the nearest first."""
+    words = ()
+    for part in tl.static_range(PARTS):
+        for back in tl.static_range(1, SKIP + 1):
+            p_word, wanted = _polled(p_tile, i_tile, channels[part], back, WIDTH, SKIP)
+            words += (tl.load(p_word, mask=wanted, other=IDENTITY, volatile=True),)
+    return words
+
+
+@triton.jit
+def _missing(words, COUNT: tl.constexpr):
+    """Whether a word is not there yet."""
+    b_all = words[0]
+    for i in tl.static_range(1, COUNT):
+        b_all = b_all & words[i]
+    return tl.max((b_all >> 32).to(tl.int32), 0) >= 0
+
+
+@triton.jit
+def _before(p_tile, i_tile, b_initial, o_d, WIDTH: tl.constexpr, SKIP: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The pair [1, D] of the row before the tile, `b_initial` [1, D] included, once it is there."""
+    PARTS: tl.constexpr = 2 if BLOCK_D > 32 else 1
+    if PARTS == 2:
+        channels = tl.split(tl.reshape(o_d, [BLOCK_D // 2, 2]))
+    else:
+        channels = (o_d,)
+    words = _poll(p_tile, i_tile, channels, WIDTH, SKIP, PARTS)
+    while _missing(words, PARTS * SKIP):
+        words = _poll(p_tile, i_tile, channels, WIDTH, SKIP, PARTS)
+    b_decay, b_state = tl.full([1, BLOCK_D], 1.0, tl.float32), b_initial
+    for i in tl.static_range(SKIP):
+        b_word = words[SKIP - 1 - i]
+        if PARTS == 2:
+            b_word = tl.reshape(tl.join(b_word, words[2 * SKIP - 1 - i]), [BLOCK_D])
+        b_factor, b_leaves = _pair(b_word)
+        b_state = b_factor * b_state + b_leaves
+        b_decay *= b_factor
+    return b_decay, b_state
+
+
+@triton.jit
+def _clear(p_tile, i_tile, o_d, WIDTH: tl.constexpr, SKIP: tl.constexpr):
+    """Leaves the words that the tile has read as they were found, once all its warps have."""
+    tl.debug_barrier()
+    for back in tl.static_range(1, SKIP + 1):
+        p_word, wanted = _polled(p_tile, i_tile, o_d, back, WIDTH, SKIP)
+        tl.store(p_word, tl.zeros(o_d.shape, tl.int64), mask=wanted)
+
+
+@triton.jit
+def fold(
+    p_words,
+    p_initial,
+    b_decay,
+    b_state,
+    i_tile,
+    tiles,
+    i_row,
+    o_d,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    SKIP: tl.constexpr,
+):
     """(state that enters each stretch, product of the row's factors up to its end, state that leaves it).
 
-    `b_decay`, `b_state` [ROWS, D] are the stretches' own pairs. Waits for the tile before and publishes the pair of the
-    row up to this one's end, the initial state included.
+    `b_decay`, `b_state` [ROWS, D] are the stretches' own pairs. Waits for the words before and publishes SKIP words a
+    channel: the pair of the tile alone, where the chain skips, and that of the row up to its end.
     """
     b_one, b_zero = tl.full(b_decay.shape, 1.0, tl.float32), tl.zeros(b_decay.shape, tl.float32)
     b_decay, b_state, b_above, b_from_above = tl.associative_scan((b_decay, b_state, b_one, b_zero), 0, _compose_both)
-    i_word = i_row * tiles + i_tile
-    b_before, b_enters = _before(p_words, i_word, i_tile, o_d, WIDTH)
-    b_enters += vector(p_initial, i_row, o_d, i_tile == 0, WIDTH)
+    i_word = (i_row * tiles + i_tile) * SKIP
+    p_tile = p_words + i_word * WIDTH
+    if SKIP == 2:
+        put_last(p_words, _word(b_decay, b_state), i_word, o_d, i_tile + 1 < tiles, WIDTH, ROWS)
+    b_initial = vector(p_initial, i_row, o_d, i_tile < SKIP, WIDTH)
+    b_before, b_enters = _before(p_tile, i_tile, b_initial, o_d, WIDTH, SKIP, b_decay.shape[1])
     b_state += b_decay * b_enters
     b_decay *= b_before
-    put_last(p_words, _word(b_decay, b_state), i_word, o_d, i_tile + 1 < tiles, WIDTH, ROWS)
+    put_last(p_words, _word(b_decay, b_state), i_word + SKIP - 1, o_d, i_tile + SKIP < tiles, WIDTH, ROWS)
+    _clear(p_tile, i_tile, o_d, WIDTH, SKIP)
     return b_above * b_enters + b_from_above, b_decay, b_state
 
 
@@ -212,8 +291,9 @@ def _forward(
     ROWS: tl.constexpr,
     STEPS: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    SKIP: tl.constexpr,
 ):
-    i_tile, i_row, o_d, left = place(p_words, batch, tokens, tiles, WIDTH, BLOCK_D, ROWS * STEPS)
+    i_tile, i_row, o_d, left = place(batch, tokens, WIDTH, BLOCK_D, ROWS * STEPS)
     at = i_row * tokens + i_tile * (ROWS * STEPS)
     xs = steps_of(p_x, at, o_d, left, 0.0, 1, WIDTH, ROWS, STEPS)
     logs = steps_of(p_log_a, at, o_d, left, 0.0, 1, WIDTH, ROWS, STEPS)
@@ -228,7 +308,7 @@ def _forward(
         b_decay *= b_a
         b_h = b_a * b_h + xs[step].to(tl.float32)
         factors += (b_a,)
-    b_h, b_decay, b_final = fold(p_words, p_initial, b_decay, b_h, i_tile, tiles, i_row, o_d, WIDTH, ROWS)
+    b_h, b_decay, b_final = fold(p_words, p_initial, b_decay, b_h, i_tile, tiles, i_row, o_d, WIDTH, ROWS, SKIP)
     put_last(p_final, b_final, i_row, o_d, i_tile + 1 == tiles, WIDTH, ROWS)
     put_last(p_transition, b_decay, i_row, o_d, i_tile + 1 == tiles, WIDTH, ROWS)
     if p_h is not None:
@@ -257,10 +337,11 @@ def _backward(
     ROWS: tl.constexpr,
     STEPS: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    SKIP: tl.constexpr,
 ):
     """From the last token to the first: dx_t = dh_t + g_{t+1}, g_t = a_t dx_t, the gradient that enters h_{t-1}."""
     o_t = tl.arange(0, ROWS) * STEPS
-    i_tile, i_row, o_d, left = place(p_words, batch, tokens, tiles, WIDTH, BLOCK_D, ROWS * STEPS)
+    i_tile, i_row, o_d, left = place(batch, tokens, WIDTH, BLOCK_D, ROWS * STEPS)
     at = i_row * tokens + left - 1
     dhs = steps_of(p_dh, at, o_d, left, 0.0, -1, WIDTH, ROWS, STEPS)
     logs = steps_of(p_log_a, at, o_d, left, 0.0, -1, WIDTH, ROWS, STEPS)
@@ -278,7 +359,7 @@ def _backward(
             b_g += dhs[step].to(tl.float32)
         b_g *= b_a
         factors += (b_a,)
-    b_g, _, b_dinitial = fold(p_words, p_dfinal, b_decay, b_g, i_tile, tiles, i_row, o_d, WIDTH, ROWS)
+    b_g, _, b_dinitial = fold(p_words, p_dfinal, b_decay, b_g, i_tile, tiles, i_row, o_d, WIDTH, ROWS, SKIP)
     put_last(p_dinitial, b_dinitial, i_row, o_d, i_tile + 1 == tiles, WIDTH, ROWS)
     b_initial = vector(p_initial, i_row, o_d, i_tile + 1 == tiles, WIDTH)
     b_extra = vector(p_extra, i_row, o_d, i_tile < tiles, WIDTH)
@@ -308,9 +389,10 @@ def _adjoint(
     ROWS: tl.constexpr,
     STEPS: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    SKIP: tl.constexpr,
 ):
     """What `_backward` leaves in p_dinitial for no p_dfinal, by its first walk alone."""
-    i_tile, i_row, o_d, left = place(p_words, batch, tokens, tiles, WIDTH, BLOCK_D, ROWS * STEPS)
+    i_tile, i_row, o_d, left = place(batch, tokens, WIDTH, BLOCK_D, ROWS * STEPS)
     at = i_row * tokens + left - 1
     dhs = steps_of(p_dh, at, o_d, left, 0.0, -1, WIDTH, ROWS, STEPS)
     logs = steps_of(p_log_a, at, o_d, left, 0.0, -1, WIDTH, ROWS, STEPS)
@@ -323,7 +405,7 @@ def _adjoint(
             b_a = tl.where(resets[step], 0.0, b_a)
         b_decay *= b_a
         b_g = b_a * (b_g + dhs[step].to(tl.float32))
-    _, _, b_dinitial = fold(p_words, None, b_decay, b_g, i_tile, tiles, i_row, o_d, WIDTH, ROWS)
+    _, _, b_dinitial = fold(p_words, None, b_decay, b_g, i_tile, tiles, i_row, o_d, WIDTH, ROWS, SKIP)
     put_last(p_dinitial, b_dinitial, i_row, o_d, i_tile + 1 == tiles, WIDTH, ROWS)
 
 
@@ -370,21 +452,39 @@ def adjoint(dh: Tensor, log_a: Tensor, resets: Tensor | None) -> Tensor:
 def launch(kernel: Any, tiles: tuple[Tile, Tile], like: Tensor, *arguments: Tensor | None) -> None:
     """Runs a pass over [B, T, D] of `like`, on its GPU."""
     batch, tokens, width = like.shape
-    tile = choose(tiles, tokens)
+    tile = choose(tiles, like)
     block = min(tile.block, max(16, next_power_of_2(width)))
     count = tile.count(tokens)
-    # The pairs that tiles publish, none there yet, and after them the counter of tickets.
-    words = torch.zeros(batch * count * width + 1, dtype=torch.int64, device=like.device)
-    sizes = {"ROWS": tile.rows, "STEPS": tile.steps, "BLOCK_D": block, "num_warps": tile.warps}
+    sizes = {"ROWS": tile.rows, "STEPS": tile.steps, "BLOCK_D": block, "SKIP": tile.skip, "num_warps": tile.warps}
     if tile.registers and like.is_cuda:
         sizes["maxnreg"] = tile.registers
-    with on(like):
+    with on(like), _words(like, batch * count * tile.skip * width) as words:
         kernel[(batch * count * -(-width // block),)](*arguments, words, batch, tokens, count, WIDTH=width, **sizes)
 
 
-def choose(tiles: tuple[Tile, Tile], tokens: int) -> Tile:
-    """The tile for rows of so many tokens, of (long rows', short rows')."""
-    return tiles[tokens <= LONG]
+# The words of each device and stream, all 0 between passes: they are cleared once, not by a launch a pass.
+_WORDS: dict[tuple[torch.device, int], Tensor] = {}
+
+
+@contextlib.contextmanager
+def _words(like: Tensor, count: int) -> Iterator[Tensor]:
+    """At least `count` words that are 0, for one pass on the current stream, which leaves them so."""
+    if like.is_cuda and torch.cuda.is_current_stream_capturing():
+        # A graph may be replayed on any stream, so it has its own, which each replay clears.
+        yield torch.zeros(count, dtype=torch.int64, device=like.device)
+        return
+    key = like.device, torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else 0
+    words = _WORDS.pop(key, None)
+    if words is None or words.numel() < count:
+        words = torch.zeros(count, dtype=torch.int64, device=like.device)
+    # Not put back by a launch that failed, nor lent to another thread meanwhile.
+    yield words
+    _WORDS[key] = words
+
+
+def choose(tiles: tuple[Tile, Tile], like: Tensor) -> Tile:
+    """The tile for [B, T, D], of those for (few channels, many) in all rows together."""
+    return tiles[like.shape[0] * like.shape[2] >= MANY]
 
 
 def per_row(like: Tensor) -> Tensor:

@@ -42,8 +42,9 @@ LIMIT = tl.constexpr(48.0)
 # A recurrence gate so far closed that the factor is 1.
 CLOSED = tl.constexpr(-48.0)
 
-FORWARD = (Tile(rows=16, steps=8, block=32, warps=8, registers=64),) * 2
-BACKWARD = (Tile(rows=16, steps=8, block=32, warps=8, registers=128),) * 2
+# For few channels and for many, as linear_scan's.
+FORWARD = Tile(rows=16, steps=8, block=32, warps=8, registers=64, skip=2), Tile(16, 8, 32, 8, registers=64)
+BACKWARD = Tile(rows=16, steps=8, block=32, warps=8, registers=128, skip=2), Tile(16, 8, 32, 8, registers=128)
 # Of the passes that walk once: keeping nothing for a second walk they hold longer tiles, so that the chain is shorter.
 SUMMARY = (Tile(rows=16, steps=16, block=32, warps=8, registers=128),) * 2
 
@@ -111,9 +112,10 @@ def _forward(
     ROWS: tl.constexpr,
     STEPS: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    SKIP: tl.constexpr,
 ):
     WIDE: tl.constexpr = p_x.dtype.element_ty.primitive_bitwidth == 32
-    i_tile, i_row, o_d, left = place(p_words, batch, tokens, tiles, WIDTH, BLOCK_D, ROWS * STEPS)
+    i_tile, i_row, o_d, left = place(batch, tokens, WIDTH, BLOCK_D, ROWS * STEPS)
     at = i_row * tokens + i_tile * (ROWS * STEPS)
     gates_a = steps_of(p_gate_a, at, o_d, left, CLOSED, 1, WIDTH, ROWS, STEPS)
     gates_x = steps_of(p_gate_x, at, o_d, left, 0.0, 1, WIDTH, ROWS, STEPS)
@@ -134,7 +136,7 @@ def _forward(
         b_h = b_a * b_h + b_u
         factors += (b_a,)
         inputs += (b_u,)
-    b_h, b_decay, b_final = fold(p_words, p_initial, b_decay, b_h, i_tile, tiles, i_row, o_d, WIDTH, ROWS)
+    b_h, b_decay, b_final = fold(p_words, p_initial, b_decay, b_h, i_tile, tiles, i_row, o_d, WIDTH, ROWS, SKIP)
     put_last(p_final, b_final, i_row, o_d, i_tile + 1 == tiles, WIDTH, ROWS)
     put_last(p_transition, b_decay, i_row, o_d, i_tile + 1 == tiles, WIDTH, ROWS)
     if p_h is not None:
@@ -168,6 +170,7 @@ def _backward(
     ROWS: tl.constexpr,
     STEPS: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    SKIP: tl.constexpr,
 ):
     """The gradients of reference.py's `backward`, from the last token to the first.
 
@@ -175,7 +178,7 @@ def _backward(
     """
     o_t = tl.arange(0, ROWS) * STEPS
     WIDE: tl.constexpr = p_x.dtype.element_ty.primitive_bitwidth == 32
-    i_tile, i_row, o_d, left = place(p_words, batch, tokens, tiles, WIDTH, BLOCK_D, ROWS * STEPS)
+    i_tile, i_row, o_d, left = place(batch, tokens, WIDTH, BLOCK_D, ROWS * STEPS)
     at = i_row * tokens + left - 1
     gates_a = steps_of(p_gate_a, at, o_d, left, CLOSED, -1, WIDTH, ROWS, STEPS)
     dhs = steps_of(p_dh, at, o_d, left, 0.0, -1, WIDTH, ROWS, STEPS)
@@ -201,7 +204,7 @@ def _backward(
         squares += (b_square,)
         opens += (b_r,)
         inlets += (b_i,)
-    b_g, _, b_dinitial = fold(p_words, p_dfinal, b_decay, b_g, i_tile, tiles, i_row, o_d, WIDTH, ROWS)
+    b_g, _, b_dinitial = fold(p_words, p_dfinal, b_decay, b_g, i_tile, tiles, i_row, o_d, WIDTH, ROWS, SKIP)
     put_last(p_dinitial, b_dinitial, i_row, o_d, i_tile + 1 == tiles, WIDTH, ROWS)
     b_initial = vector(p_initial, i_row, o_d, i_tile + 1 == tiles, WIDTH)
     b_extra = vector(p_extra, i_row, o_d, i_tile < tiles, WIDTH)
@@ -244,9 +247,10 @@ def _adjoint(
     ROWS: tl.constexpr,
     STEPS: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    SKIP: tl.constexpr,
 ):
     """What `_backward` leaves in p_dinitial for no p_dfinal, by its first walk alone, which needs two inputs."""
-    i_tile, i_row, o_d, left = place(p_words, batch, tokens, tiles, WIDTH, BLOCK_D, ROWS * STEPS)
+    i_tile, i_row, o_d, left = place(batch, tokens, WIDTH, BLOCK_D, ROWS * STEPS)
     at = i_row * tokens + left - 1
     gates_a = steps_of(p_gate_a, at, o_d, left, CLOSED, -1, WIDTH, ROWS, STEPS)
     dhs = steps_of(p_dh, at, o_d, left, 0.0, -1, WIDTH, ROWS, STEPS)
@@ -260,7 +264,7 @@ def _adjoint(
             b_a = tl.where(resets[step], 0.0, b_a)
         b_decay *= b_a
         b_g = b_a * (b_g + dhs[step].to(tl.float32))
-    _, _, b_dinitial = fold(p_words, None, b_decay, b_g, i_tile, tiles, i_row, o_d, WIDTH, ROWS)
+    _, _, b_dinitial = fold(p_words, None, b_decay, b_g, i_tile, tiles, i_row, o_d, WIDTH, ROWS, SKIP)
     put_last(p_dinitial, b_dinitial, i_row, o_d, i_tile + 1 == tiles, WIDTH, ROWS)
 
 
@@ -325,7 +329,7 @@ def backward(
         dh, dfinal, extra, x, gate_a, gate_x, a_param, h, initial, resets
     )
     dx, dgate_a, dgate_x, da_param = (torch.empty_like(t) for t in (x, gate_a, gate_x, a_param))
-    tiles = choose(BACKWARD, x.shape[1]).count(x.shape[1])
+    tiles = choose(BACKWARD, x).count(x.shape[1])
     drate = torch.empty(x.shape[0] * tiles, x.shape[2], dtype=torch.float32, device=x.device)
     dinitial = per_row(x)
     inputs = (dh, dfinal, extra, x, gate_a, gate_x, a_param, resets, h, initial)

@@ -37,6 +37,14 @@ def compiled(jitted, constants, kind, even=(), **options):
     return compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 
+def loops(ptx: str) -> list[str]:
+    """The loops of PTX: from each label to a branch back to it."""
+    lines = ptx.splitlines()
+    labels = {found[1]: i for i, line in enumerate(lines) if (found := re.match(r"(\$\w+):", line))}
+    jumps = [(found[1], i) for i, line in enumerate(lines) if (found := re.search(r"\bbra(?:\.uni)?\s+(\$\w+);", line))]
+    return ["\n".join(lines[labels[to] : i]) for to, i in jumps if labels[to] < i]
+
+
 def lost(cubin: bytes) -> list[int]:
     """The uniform registers that the machine code reads before anything writes them: ptxas dropped a copy."""
     from triton import knobs

@@ -111,8 +111,9 @@ def test_kernel_within_bar(name, dtype, shape, device, random_segments):
 
 
 @both_ops
-def test_kernel_over_many_pieces(name, device, monkeypatch):
-    cut_short(monkeypatch)
+@pytest.mark.parametrize("skip", [1, 2])
+def test_kernel_over_many_pieces(name, skip, device, monkeypatch):
+    cut_short(monkeypatch, skip)
     inputs = make(name, 2, 29, 20, torch.float32, device)
     segments = Segments.from_lengths([[29], [4, 9, 16]], [3, 0], device)
     kernel, reference = (run(name, inputs, segments, implementation) for implementation in ("triton", "reference"))
@@ -125,14 +126,91 @@ def test_kernel_at_500_tokens(device):
     assert_within_bar(kernel, reference, run_exact("linear_scan", inputs, None), torch.float32)
 
 
-def cut_short(monkeypatch) -> None:
+def cut_short(monkeypatch, skip: int = 2) -> None:
     """Lets the kernels cut tiles of 4 tokens, so that a short row has several."""
+    from longscan.kernels.linear_scan.kernel import Tile
+
+    cut(monkeypatch, Tile(rows=2, steps=2, block=16, warps=2, skip=skip))
+
+
+def cut(monkeypatch, tile) -> None:
+    """Lets the kernels cut all rows into such tiles."""
     from longscan.kernels.linear_scan import kernel as scan
     from longscan.kernels.rg_lru import kernel as gated
 
     for module in (scan, gated):
-        for tile in ("FORWARD", "BACKWARD"):
-            monkeypatch.setattr(module, tile, (scan.Tile(rows=2, steps=2, block=16, warps=2),) * 2)
+        for passes in ("FORWARD", "BACKWARD"):
+            monkeypatch.setattr(module, passes, (tile,) * 2)
+
+
+@both_ops
+@pytest.mark.parametrize("block", [32, 64])
+@pytest.mark.parametrize("skip", [1, 2])
+def test_wide_tiles(name, block, skip, device, monkeypatch):
+    """Channels polled in one part and in two, some of them beyond the width."""
+    from longscan.kernels.linear_scan.kernel import Tile
+
+    cut(monkeypatch, Tile(rows=2, steps=2, block=block, warps=2, skip=skip))
+    inputs = make(name, 2, 15, 70, torch.float32, device)
+    kernel, reference = (run(name, inputs, None, implementation) for implementation in ("triton", "reference"))
+    assert_within_bar(kernel, reference, run_exact(name, inputs, None), torch.float32)
+
+
+@both_ops
+def test_words_are_left_clear(name, device, monkeypatch):
+    """Also by shapes of other sizes, whose words lie elsewhere; a pass that fails leaves none to the next."""
+    from longscan.kernels.linear_scan import kernel
+
+    monkeypatch.setattr(kernel, "_WORDS", words := {})
+    for skip in (1, 2):
+        cut_short(monkeypatch, skip)
+        for shape in ((2, 29, 20), (1, 5, 3), (1, 70, 16)):
+            run(name, make(name, *shape, torch.float32, device), None, "triton")
+            (left,) = words.values()
+            assert left.numel() and not left.any()
+    with pytest.raises(ZeroDivisionError), kernel._words(left, 1):
+        raise ZeroDivisionError
+    assert not words
+
+
+@both_ops
+@pytest.mark.parametrize("cut_into", [(16, 16, 32, 1), (16, 16, 32, 2), (8, 16, 64, 1), (8, 16, 64, 2)])
+def test_thousands_of_programs(name, cut_into, device, monkeypatch):
+    """Where many wait for others' states at once, what one warp has seen another may not have."""
+    if device != "cuda":
+        pytest.skip("needs a GPU: the interpreter runs a program at a time")
+    from longscan.kernels.linear_scan.kernel import Tile
+
+    rows, steps, block, skip = cut_into
+    inputs = [t.detach() for t in make(name, 1, 16384, 2560, torch.float32, device)]
+    want, last = OPS[name](*inputs, implementation="reference")
+    cut(monkeypatch, Tile(rows, steps, block, warps=8, skip=skip))
+    for _ in range(5):
+        h, final = OPS[name](*inputs, implementation="triton")
+        torch.testing.assert_close(h, want, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(final, last, rtol=1e-4, atol=1e-4)
+
+
+@both_ops
+def test_in_a_graph(name, device):
+    """A CUDA graph has words of its own, so replays on two streams do not meet, nor eager calls between them."""
+    if device != "cuda":
+        pytest.skip("needs a GPU")
+    inputs = [t.detach() for t in make(name, 1, 4096, 256, torch.float32, device)]
+    want, _ = OPS[name](*inputs)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        h, _ = OPS[name](*inputs)
+    aside = torch.cuda.Stream()
+    for _ in range(20):
+        h.zero_()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            graph.replay()
+        between, _ = OPS[name](*inputs)
+        torch.cuda.synchronize()
+        assert torch.equal(h, want) and torch.equal(between, want)
 
 
 @both_ops
