@@ -166,7 +166,7 @@ def _pivot(figures: Sequence[Figure]) -> Iterator[str]:
     metrics = list(dict.fromkeys(figure["metric"] for figure in figures))
     units = {figure["metric"]: figure["unit"] for figure in figures}
     floors = {figure["metric"]: figure["floor"] for figure in figures if figure["floor"] is not None}
-    yield f"{figures[-1]['device']}; {_versions(figures[-1])}; commit {figures[-1]['commit']}\n"
+    yield _origin(figures)
     promised = (f", at most {floors[m]:g}" if m in floors else "" for m in metrics)
     yield from _heading("work", *(f"{m}, {units[m]}{most}" for m, most in zip(metrics, promised, strict=True)))
     for work in dict.fromkeys(figure["work"] for figure in figures):
@@ -174,9 +174,16 @@ def _pivot(figures: Sequence[Figure]) -> Iterator[str]:
         yield _row(work, *(_number(values.get(metric)) for metric in metrics))
 
 
+def _origin(figures: Sequence[Figure]) -> str:
+    """The devices and commits of a table's figures, in the order of their rows, and the versions of the last."""
+    devices, commits = ([*dict.fromkeys(figure[name] for figure in figures)] for name in ("device", "commit"))
+    named = f"commit{'s' * (len(commits) > 1)} {', '.join(commits)}"
+    return f"{' and '.join(devices)}; {_versions(figures[-1])}; {named}\n"
+
+
 def _counters(figures: Sequence[Figure]) -> Iterator[str]:
     """A row a kernel under the work it belongs to; what its warps wait for in one column, the commonest first."""
-    yield f"{figures[-1]['device']}; {_versions(figures[-1])}; commit {figures[-1]['commit']}\n"
+    yield _origin(figures)
     units = {figure["metric"]: figure["unit"] for figure in figures}
     names = ("launches", "time", "share of the work", "tensor pipe", "L2", "dram", "occupancy", "registers")
     shown = [name for name in names if name in units]
