@@ -3,8 +3,8 @@
     python -m benchmarks.sanitize [op ...] [--tool memcheck|racecheck|initcheck|synccheck] [--logs FOLDER]
 
 Small odd shapes with documents, so that every edge of every tile is met. PyTorch's caching allocator would hide an
-overrun inside its blocks; it is off here. A packing in a dtype is a process of its own, several at once: compiling the
-many variants of an op takes longer than running them.
+overrun inside its blocks; it is off here. A packing in a dtype is a process of its own, several at once. Compiling the
+many variants of an op takes longer than running them, so a process that is not watched does that first, on all cores.
 """
 
 from __future__ import annotations
@@ -235,6 +235,17 @@ def errors_in(log: str) -> Counter[str]:
     return +found
 
 
+def compile_kernels(names: list[str]) -> None:
+    """Compiles what the cases of these ops launch, for processes to find on disk."""
+    from longscan.kernels.precompile import prepare, rehearse
+
+    def run() -> None:
+        for name, case in product(names, CASES):
+            run_op(name, *case)
+
+    prepare(rehearse(run))
+
+
 def sanitize(name: str, packing: int, dtype: int, tool: str, logs: Path) -> Finding:
     """Runs a case of an op under the tool in a process of its own; its log is left in `logs`."""
     case = f"{name}-{packing}-{str(DTYPES[dtype]).removeprefix('torch.')}"
@@ -281,6 +292,7 @@ def main() -> None:
     parser.add_argument("--tool", default="memcheck", choices=("memcheck", "racecheck", "initcheck", "synccheck"))
     parser.add_argument("--logs", type=Path, help="keep the tool's logs here")
     parser.add_argument("--case", type=int, nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--compile", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--names", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     for name in options.ops:
@@ -291,11 +303,16 @@ def main() -> None:
         return
     if DEVICE == "cpu" or shutil.which("compute-sanitizer") is None:
         sys.exit("benchmarks.sanitize needs a CUDA GPU and compute-sanitizer (of the CUDA toolkit) on the path")
+    names = options.ops or list(NAMES)
+    if options.compile:
+        compile_kernels(names)
+        return
+    subprocess.run([sys.executable, "-m", "benchmarks.sanitize", *names, "--compile"], cwd=ROOT, check=True)
     with TemporaryDirectory() as scratch, ThreadPoolExecutor(AT_ONCE) as pool:
         logs: Any = options.logs or Path(scratch)
         logs.mkdir(parents=True, exist_ok=True)
         run = partial(sanitize, tool=options.tool, logs=logs)
-        cases = {op: [pool.submit(run, op, *case) for case in CASES] for op in options.ops or NAMES}
+        cases = {op: [pool.submit(run, op, *case) for case in CASES] for op in names}
         clean = [note(reduce(or_, (case.result() for case in found)), options.tool) for found in cases.values()]
     sys.exit(0 if all(clean) else 1)
 

@@ -30,7 +30,7 @@ any arithmetic.
 
 # The types of jitted functions and of their launches are beyond a type checker.
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false, reportArgumentType=false
-# pyright: reportOperatorIssue=false, reportAttributeAccessIssue=false
+# pyright: reportOperatorIssue=false, reportAttributeAccessIssue=false, reportAssignmentType=false
 
 from __future__ import annotations
 
