@@ -11,7 +11,7 @@ Between them the pairs are folded over the stretches of the tile, and the tile w
 it, which the tile before publishes as soon as it has its own. So a state crosses T / (ROWS x STEPS) programs one after
 the other, 0.8 us each, beside the loads and stores of all the others. Where few rows leave that chain in sight, it
 skips every other tile (SKIP = 2): a tile publishes its own pair at once, and waits for that of the tile before and for
-the pair of everything before that one, which the tile before the last publishes. Every fold has one fixed order, so
+the pair of everything before that one, which the tile two before it publishes. Every fold has one fixed order, so
 bits repeat.
 
 The first tiles of all channels come before the second ones, and a GPU begins programs in the order of their numbers
@@ -71,7 +71,7 @@ class Tile:
     skip: int = 1
 
     def __post_init__(self) -> None:
-        # What a warp polls at once, twice; and a word has one reader.
+        # A warp's 32 lanes poll a part each, of two at most; skipping more, a tile's own word would have two readers.
         assert self.block <= 64 and self.skip in (1, 2), self
 
     def count(self, tokens: int) -> int:
@@ -79,8 +79,8 @@ class Tile:
         return -(-tokens // (self.rows * self.steps))
 
 
-# For few channels in all rows together, whose tiles are done faster than their states arrive, and from MANY on, where
-# smaller tiles of whole 128-byte lines do. The fastest of those that benchmarks.kernels_scans times on an H100.
+# For few channels in all rows together, whose states arrive later than their tiles are done; and from MANY on, smaller
+# tiles of whole 128-byte lines (of 16 bits). The fastest of those that benchmarks.kernels_scans times on an H100.
 MANY = 8192
 FORWARD = Tile(rows=16, steps=16, block=32, warps=8, skip=2), Tile(rows=8, steps=16, block=64, warps=8)
 BACKWARD = Tile(rows=16, steps=16, block=32, warps=8, skip=2), Tile(rows=8, steps=16, block=64, warps=8)
@@ -184,8 +184,11 @@ def _pair(b_word):
 
 @triton.jit
 def _polled(p_tile, i_tile, o_d, BACK: tl.constexpr, WIDTH: tl.constexpr, SKIP: tl.constexpr):
-    """Pointers and mask of a word: of all up to the tile SKIP before, or of a nearer one alone."""
-    kind: tl.constexpr = 1 if BACK == 2 else 0
+    """Pointers and mask of the word that is read of the tile BACK before: of the row up to its end, or of it alone.
+
+    The first for BACK == SKIP, the second for a nearer one.
+    """
+    kind: tl.constexpr = SKIP - 1 if BACK == SKIP else 0
     return p_tile + (kind - BACK * SKIP) * WIDTH + o_d, (o_d < WIDTH) & (i_tile >= BACK)
 
 
@@ -220,14 +223,16 @@ def _before(p_tile, i_tile, b_initial, o_d, WIDTH: tl.constexpr, SKIP: tl.conste
     words = _poll(p_tile, i_tile, channels, WIDTH, SKIP, PARTS)
     while _missing(words, PARTS * SKIP):
         words = _poll(p_tile, i_tile, channels, WIDTH, SKIP, PARTS)
-    b_decay, b_state = tl.full([1, BLOCK_D], 1.0, tl.float32), b_initial
     for i in tl.static_range(SKIP):
         b_word = words[SKIP - 1 - i]
         if PARTS == 2:
             b_word = tl.reshape(tl.join(b_word, words[2 * SKIP - 1 - i]), [BLOCK_D])
         b_factor, b_leaves = _pair(b_word)
-        b_state = b_factor * b_state + b_leaves
-        b_decay *= b_factor
+        if i == 0:
+            # Where there is an initial state, this is the identity.
+            b_decay, b_state = b_factor, b_initial + b_leaves
+        else:
+            b_decay, b_state = b_decay * b_factor, b_factor * b_state + b_leaves
     return b_decay, b_state
 
 
@@ -257,7 +262,8 @@ def fold(
     """(state that enters each stretch, product of the row's factors up to its end, state that leaves it).
 
     `b_decay`, `b_state` [ROWS, D] are the stretches' own pairs. Waits for the words before and publishes SKIP words a
-    channel: the pair of the tile alone, where the chain skips, and that of the row up to its end.
+    channel: the pair of the tile alone, where the chain skips, and that of the row up to its end, with the initial
+    state.
     """
     b_one, b_zero = tl.full(b_decay.shape, 1.0, tl.float32), tl.zeros(b_decay.shape, tl.float32)
     b_decay, b_state, b_above, b_from_above = tl.associative_scan((b_decay, b_state, b_one, b_zero), 0, _compose_both)
@@ -462,24 +468,28 @@ def launch(kernel: Any, tiles: tuple[Tile, Tile], like: Tensor, *arguments: Tens
         kernel[(batch * count * -(-width // block),)](*arguments, words, batch, tokens, count, WIDTH=width, **sizes)
 
 
-# The words of each device and stream, all 0 between passes: they are cleared once, not by a launch a pass.
-_WORDS: dict[tuple[torch.device, int], Tensor] = {}
+# Words of each device's default stream, all 0 between passes: they are cleared once, not by a launch a pass. No more
+# than MOST of them, 32 MiB, are kept: beside so large a pass a launch costs nothing.
+_WORDS: dict[torch.device, Tensor] = {}
+MOST = 2**22
 
 
 @contextlib.contextmanager
 def _words(like: Tensor, count: int) -> Iterator[Tensor]:
-    """At least `count` words that are 0, for one pass on the current stream, which leaves them so."""
-    if like.is_cuda and torch.cuda.is_current_stream_capturing():
-        # A graph may be replayed on any stream, so it has its own, which each replay clears.
-        yield torch.zeros(count, dtype=torch.int64, device=like.device)
-        return
-    key = like.device, torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else 0
-    words = _WORDS.pop(key, None)
+    """At least `count` words that are 0, for one pass on the current stream, which leaves them so.
+
+    On another stream, so in any CUDA graph, a pass has words of its own: a graph may be replayed beside other passes,
+    and what is allocated while one is made or prepared is the graph's.
+    """
+    device = like.device
+    kept = count <= MOST and not (like.is_cuda and torch.cuda.current_stream(device).cuda_stream)
+    words = _WORDS.pop(device, None) if kept else None
     if words is None or words.numel() < count:
-        words = torch.zeros(count, dtype=torch.int64, device=like.device)
+        words = torch.zeros(count, dtype=torch.int64, device=device)
     # Not put back by a launch that failed, nor lent to another thread meanwhile.
     yield words
-    _WORDS[key] = words
+    if kept:
+        _WORDS[device] = words
 
 
 def choose(tiles: tuple[Tile, Tile], like: Tensor) -> Tile:

@@ -139,7 +139,7 @@ def cut(monkeypatch, tile) -> None:
     from longscan.kernels.rg_lru import kernel as gated
 
     for module in (scan, gated):
-        for passes in ("FORWARD", "BACKWARD"):
+        for passes in ("FORWARD", "BACKWARD", "SUMMARY"):
             monkeypatch.setattr(module, passes, (tile,) * 2)
 
 
@@ -158,19 +158,47 @@ def test_wide_tiles(name, block, skip, device, monkeypatch):
 
 @both_ops
 def test_words_are_left_clear(name, device, monkeypatch):
-    """Also by shapes of other sizes, whose words lie elsewhere; a pass that fails leaves none to the next."""
+    """By every pass and by shapes of other sizes, whose words lie elsewhere."""
     from longscan.kernels.linear_scan import kernel
 
     monkeypatch.setattr(kernel, "_WORDS", words := {})
-    for skip in (1, 2):
-        cut_short(monkeypatch, skip)
-        for shape in ((2, 29, 20), (1, 5, 3), (1, 70, 16)):
-            run(name, make(name, *shape, torch.float32, device), None, "triton")
-            (left,) = words.values()
-            assert left.numel() and not left.any()
-    with pytest.raises(ZeroDivisionError), kernel._words(left, 1):
+    for skip, block in ((1, 16), (2, 16), (1, 64), (2, 64)):
+        cut(monkeypatch, kernel.Tile(rows=2, steps=2, block=block, warps=2, skip=skip))
+        for shape in ((2, 29, 20), (1, 5, 3), (1, 17, 70)):
+            inputs = make(name, *shape, torch.float32, device)
+            for function, given in ((OPS[name], inputs), (SUMMARIES[name], inputs[:-1])):
+                with_gradients(lambda *a, f=function: f(*a, implementation="triton"), given)
+                (left,) = words.values()
+                assert left.numel() and not left.any()
+
+
+def test_words_that_are_not_kept(device, monkeypatch):
+    """Those of a pass that fails, and of one that takes many."""
+    from longscan.kernels.linear_scan import kernel
+
+    like = torch.empty(0, device=device)
+    monkeypatch.setattr(kernel, "_WORDS", words := {})
+    with pytest.raises(ZeroDivisionError), kernel._words(like, 1):
         raise ZeroDivisionError
     assert not words
+    monkeypatch.setattr(kernel, "MOST", 3)
+    for count, left in ((4, 0), (2, 2), (4, 2), (3, 3), (1, 3)):
+        with kernel._words(like, count) as lent:
+            assert len(lent) >= count
+        assert sum(map(len, words.values())) == left
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered")
+def test_factors_that_overflow_leave_zeros_zero(device, monkeypatch):
+    """The product of factors above 1 may be infinite; no state is multiplied by it."""
+    for skip in (1, 2):
+        cut_short(monkeypatch, skip)
+        x = torch.zeros(1, 24, 3, device=device)
+        x[:, 20] = 1
+        log_a = torch.full_like(x, 12.0)
+        log_a[:, 18:] = -0.1
+        kernel, reference = (linear_scan(x, log_a, implementation=i)[0] for i in ("triton", "reference"))
+        torch.testing.assert_close(kernel, reference)
 
 
 @both_ops
@@ -192,17 +220,22 @@ def test_thousands_of_programs(name, cut_into, device, monkeypatch):
 
 
 @both_ops
-def test_in_a_graph(name, device):
-    """A CUDA graph has words of its own, so replays on two streams do not meet, nor eager calls between them."""
+def test_words_of_a_graph(name, device):
+    """A CUDA graph has words of its own, so that its replay on one stream meets no eager pass on another."""
     if device != "cuda":
         pytest.skip("needs a GPU")
+    from longscan.kernels.linear_scan import kernel
+
     inputs = [t.detach() for t in make(name, 1, 4096, 256, torch.float32, device)]
     want, _ = OPS[name](*inputs)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        h, _ = OPS[name](*inputs)
     aside = torch.cuda.Stream()
+    with torch.cuda.stream(aside):
+        OPS[name](*inputs)
+    torch.cuda.synchronize()
+    before, graph = [id(words) for words in kernel._WORDS.values()], torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=aside):
+        h, _ = OPS[name](*inputs)
+    assert [id(words) for words in kernel._WORDS.values()] == before
     for _ in range(20):
         h.zero_()
         aside.wait_stream(torch.cuda.current_stream())
@@ -211,6 +244,24 @@ def test_in_a_graph(name, device):
         between, _ = OPS[name](*inputs)
         torch.cuda.synchronize()
         assert torch.equal(h, want) and torch.equal(between, want)
+
+
+def test_under_graphs_of_torch_compile(device):
+    """They keep what is allocated on their stream while a graph is prepared, and refuse what lives on."""
+    if device != "cuda":
+        pytest.skip("needs a GPU")
+    x, log_a, state = (t.detach().requires_grad_() for t in make("linear_scan", 1, 4096, 64, torch.float32, device))
+
+    def loss(x, log_a):
+        return linear_scan(x, log_a, state.detach())[0].square().mean()
+
+    compiled = torch.compile(loss, mode="reduce-overhead")
+    want = torch.autograd.grad(loss(x, log_a), (x, log_a))
+    for _ in range(4):
+        torch.compiler.cudagraph_mark_step_begin()
+        found = torch.autograd.grad(compiled(x, log_a), (x, log_a))
+        for one, other in zip(found, want, strict=True):
+            torch.testing.assert_close(one, other)
 
 
 @both_ops
