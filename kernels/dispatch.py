@@ -87,3 +87,8 @@ def on(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
     """Launches inside go to the tensor's GPU; nothing to do where that is the current one, or for the interpreter."""
     elsewhere = tensor.is_cuda and tensor.device.index != torch.cuda.current_device()
     return torch.cuda.device(tensor.device) if elsewhere else _HERE
+
+
+def processors(tensor: torch.Tensor) -> int:
+    """The multiprocessors of the GPU that holds the tensor; 1 elsewhere."""
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 1

@@ -14,6 +14,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from ..dispatch import processors
 from .reference import Pieces, compute_dtype
 
 # A chunk's least rows or columns, below which the sum over chunks costs more than the products, and its most rows,
@@ -131,11 +132,6 @@ def _column_chunks(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tens
 def _logits(hidden: Tensor, weight: Tensor, buffer: Tensor) -> Tensor:
     rows, columns = hidden.shape[0], weight.shape[0]
     return torch.mm(hidden, weight.t(), out=buffer[: rows * columns].view(rows, columns))
-
-
-def processors(tensor: Tensor) -> int:
-    """The multiprocessors of the GPU that holds the tensor; 1 elsewhere."""
-    return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 1
 
 
 def _sum_like(tensor: Tensor) -> Tensor:

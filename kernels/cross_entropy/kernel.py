@@ -17,9 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..dispatch import on
+from ..dispatch import on, processors
 from ..sizes import cdiv, next_power_of_2
-from .chunks import processors
 from .reference import Pieces
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -78,6 +77,18 @@ def _columns(columns, BLOCK: tl.constexpr, LANES: tl.constexpr):
 
 
 @triton.jit
+def _label_alone(i_label, value, BLOCK: tl.constexpr, LANES: tl.constexpr):
+    """The value at the label of a whole row as [BLOCK / LANES, LANES], elsewhere 0.
+
+    As the product of a vector of groups and one of lanes, which a gradient adds in one instruction a logit where a
+    comparison with the label takes three. A label below 0 has a lane below 0 or a group below 0.
+    """
+    b_group = (tl.arange(0, BLOCK // LANES) == i_label // LANES).to(tl.float32)
+    b_lane = tl.where(tl.arange(0, LANES) == i_label % LANES, value, 0.0)
+    return b_group[:, None] * b_lane[None, :]
+
+
+@triton.jit
 def _whole_row(p_row, i_label, o_column, mask, columns, cap, CAPPED: tl.constexpr):
     """(scores, 0 outside the row, exp(scores - highest), and highest, total, target, spread) of a row read once."""
     b = _scores(p_row, o_column, mask, 0.0, cap, CAPPED)
@@ -88,10 +99,14 @@ def _whole_row(p_row, i_label, o_column, mask, columns, cap, CAPPED: tl.constexp
 
 
 @triton.jit
-def _score_gradient(b, b_weight, o_column, i_label, by_total, by_target, by_spread, cap, CAPPED: tl.constexpr):
-    """The gradient of the logits whose capped scores are b, and b_weight = exp(b - highest)."""
-    b_grad = b_weight * by_total + by_spread
-    b_grad = tl.where(o_column == i_label, b_grad + by_target, b_grad)
+def _score_gradient(b, b_weight, b_by_target, by_total, by_spread, cap, CAPPED: tl.constexpr):
+    """The gradient of the logits whose capped scores are b, and b_weight = exp(b - highest).
+
+    `b_by_target` is 0 but for the label's logit.
+    """
+    b_grad = b_weight * by_total + b_by_target
+    if by_spread is not None:
+        b_grad += by_spread
     if CAPPED:
         b_grad *= 1.0 - (b / cap) * (b / cap)
     return b_grad
@@ -116,7 +131,8 @@ def _row_gradient(
     mask = o_column < columns
     b = _scores(p_row, o_column, mask, 0.0, cap, CAPPED)
     b_weight = tl.exp2(b * LOG2_E - highest * LOG2_E)
-    b_grad = _score_gradient(b, b_weight, o_column, i_label, by_total, by_target, by_spread, cap, CAPPED)
+    b_by_target = tl.where(o_column == i_label, by_target, 0.0)
+    b_grad = _score_gradient(b, b_weight, b_by_target, by_total, by_spread, cap, CAPPED)
     tl.store(p_row + o_column, b_grad.to(p_row.dtype.element_ty), mask=mask)
 
 
@@ -129,8 +145,8 @@ def _statistics(
     p_target,
     p_spread,
     rows,
-    columns,
     cap,
+    COLUMNS: tl.constexpr,
     CAPPED: tl.constexpr,
     BLOCK: tl.constexpr,
     LANES: tl.constexpr,
@@ -138,13 +154,13 @@ def _statistics(
 ):
     """A block's statistics; LANES is 0 for rows that are not read whole."""
     for i_row in tl.range(tl.program_id(0), rows, tl.num_programs(0), num_stages=STAGES):
-        p_row = p_logits + tl.cast(i_row, tl.int64) * columns
+        p_row = p_logits + tl.cast(i_row, tl.int64) * COLUMNS
         i_label = tl.load(p_labels + i_row)
         if LANES > 0:
-            o_column, mask = _columns(columns, BLOCK, LANES)
-            _, _, highest, total, target, spread = _whole_row(p_row, i_label, o_column, mask, columns, cap, CAPPED)
+            o_column, mask = _columns(COLUMNS, BLOCK, LANES)
+            _, _, highest, total, target, spread = _whole_row(p_row, i_label, o_column, mask, COLUMNS, cap, CAPPED)
         else:
-            highest, total, target, spread = _row_statistics(p_row, i_label, columns, cap, CAPPED, BLOCK)
+            highest, total, target, spread = _row_statistics(p_row, i_label, COLUMNS, cap, CAPPED, BLOCK)
         tl.store(p_highest + i_row, highest)
         tl.store(p_total + i_row, total)
         tl.store(p_target + i_row, target)
@@ -197,11 +213,11 @@ def _loss_and_gradient(
     p_labels,
     p_loss,
     rows,
-    columns,
     ignored,
     z_loss,
     smoothing,
     cap,
+    COLUMNS: tl.constexpr,
     CAPPED: tl.constexpr,
     SMOOTHED: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -210,31 +226,32 @@ def _loss_and_gradient(
 ):
     """A block's losses, and its gradient in its place; LANES is 0 for rows that are not read whole."""
     for i_row in tl.range(tl.program_id(0), rows, tl.num_programs(0), num_stages=STAGES):
-        p_row = p_logits + tl.cast(i_row, tl.int64) * columns
+        p_row = p_logits + tl.cast(i_row, tl.int64) * COLUMNS
         i_label = tl.load(p_labels + i_row)
         if LANES > 0:
-            o_column, mask = _columns(columns, BLOCK, LANES)
+            o_column, mask = _columns(COLUMNS, BLOCK, LANES)
             b, b_weight, highest, total, target, spread = _whole_row(
-                p_row, i_label, o_column, mask, columns, cap, CAPPED
+                p_row, i_label, o_column, mask, COLUMNS, cap, CAPPED
             )
         else:
-            highest, total, target, spread = _row_statistics(p_row, i_label, columns, cap, CAPPED, BLOCK)
+            highest, total, target, spread = _row_statistics(p_row, i_label, COLUMNS, cap, CAPPED, BLOCK)
         if not SMOOTHED:
             spread = 0.0
         loss, by_total, by_target, by_spread = _loss_and_factors(
-            i_label, columns, highest, total, target, spread, ignored, z_loss, smoothing
+            i_label, COLUMNS, highest, total, target, spread, ignored, z_loss, smoothing
         )
         if not SMOOTHED:
-            by_spread = 0.0
+            by_spread = None
         if LANES > 0:
-            b_grad = _score_gradient(b, b_weight, o_column, i_label, by_total, by_target, by_spread, cap, CAPPED)
+            b_by_target = _label_alone(i_label, by_target, BLOCK, LANES)
+            b_grad = _score_gradient(b, b_weight, b_by_target, by_total, by_spread, cap, CAPPED)
             tl.store(p_row + o_column, b_grad.to(p_row.dtype.element_ty), mask=mask)
         else:
             # The label's logit is read before the row is overwritten.
             tl.debug_barrier()
-            for start in range(0, columns, BLOCK):
+            for start in range(0, COLUMNS, BLOCK):
                 _row_gradient(
-                    p_row, i_label, start, columns, highest, by_total, by_target, by_spread, cap, CAPPED, BLOCK
+                    p_row, i_label, start, COLUMNS, highest, by_total, by_target, by_spread, cap, CAPPED, BLOCK
                 )
         tl.store(p_loss + i_row, loss)
 
@@ -250,7 +267,7 @@ def statistics(logits: Tensor, labels: Tensor, soft_cap: float, out: Pieces) -> 
     """Writes (highest, total, target, spread) [n]; `target` is 0 where the label is none of the columns."""
     programs, options = _plan(logits, soft_cap)
     with on(logits):
-        _statistics[(programs,)](logits, labels, *out, *logits.shape, soft_cap, **options)
+        _statistics[(programs,)](logits, labels, *out, logits.shape[0], soft_cap, **options)
 
 
 def gradient_(logits: Tensor, labels: Tensor, by: Pieces, cap: float, first: int = 0) -> None:
@@ -288,7 +305,7 @@ def loss_and_gradient_(
     programs, options = _plan(logits, cap)
     with on(logits):
         _loss_and_gradient[(programs,)](
-            logits, labels, losses, *logits.shape, ignored, z_loss, smoothing, cap, SMOOTHED=smoothing != 0, **options
+            logits, labels, losses, logits.shape[0], ignored, z_loss, smoothing, cap, SMOOTHED=smoothing != 0, **options
         )
     return losses
 
@@ -297,7 +314,9 @@ def _plan(logits: Tensor, cap: float) -> tuple[int, dict[str, Any]]:
     """(programs, compile-time sizes) of a pass that needs whole rows' sums."""
     rows, columns = logits.shape
     block = next_power_of_2(columns)
-    options = {"CAPPED": cap != 0, "BLOCK": min(BLOCK, block), "LANES": 0, "STAGES": 1, "num_warps": WARPS}
+    # As a constant, COLUMNS says of most logits that they lie inside the row, which takes no instruction then.
+    options = {"COLUMNS": columns, "CAPPED": cap != 0, "BLOCK": min(BLOCK, block)}
+    options |= {"LANES": 0, "STAGES": 1, "num_warps": WARPS}
     if block * logits.element_size() > (WHOLE // 4 if cap else WHOLE):
         return rows, options
     lanes = 16 // logits.element_size()
