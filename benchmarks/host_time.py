@@ -18,6 +18,7 @@ import pstats
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,12 +31,13 @@ from longscan.kernels import (
     linear_attention,
     linear_scan,
     rg_lru,
+    rms_norm,
     rotary,
     short_conv,
     taylor_attention,
 )
 from longscan.kernels.dispatch import KERNELS
-from longscan.models import LocalBackend, config_from_mapping, fused, load_preset
+from longscan.models import LocalBackend, config_from_mapping, fused, load_preset, norm
 from longscan.models.block import Block
 from longscan.models.sequence import LocalContext
 
@@ -87,6 +89,7 @@ def ops(segments: Segments) -> dict[str, tuple[Call, list[Tensor]]]:
         "linear_attention": (lambda: linear_attention(q, k, v, None, None, segments, group=16, **run)[0], [q, k, v]),
         "linear_scan": (lambda: linear_scan(x, log_a, None, segments, **run)[0], [x, log_a]),
         "rg_lru": (lambda: rg_lru(x, a, b, wide, None, segments, **run)[0], [x, a, b, wide]),
+        "rms_norm": (lambda: rms_norm(x, vector, 1e-6, **run), [x, vector]),
         "rotary": (lambda: rotary(q, angles, angles, **run), [q]),
         "short_conv": (lambda: short_conv(x, taps, vector, None, segments, **run)[0], [x, taps, vector]),
         "taylor_attention": (
@@ -182,12 +185,13 @@ def leave_launches_out() -> None:
     os.environ.pop("TRITON_INTERPRET", None)
     for op in ("block_diagonal", *KERNELS.keys() - {"gate_projections"}):
         importlib.import_module(f"longscan.kernels.{op}.kernel")
-    for op in ("rms_norm", "geglu", "swiglu"):
+    for op in ("geglu", "swiglu"):
         importlib.import_module(f"liger_kernel.ops.{op}")
     compiler: Any = importlib.import_module("triton.compiler")
     compiler.compile = _Compiled
     importlib.import_module("triton.runtime.driver").driver.set_active(_Driver())
     fused.runs = lambda x: True
+    norm.rms_norm = partial(rms_norm, implementation="triton")
     # Set after the kernels are defined it changes nothing but that ops take CPU tensors.
     os.environ["TRITON_INTERPRET"] = "1"
 

@@ -1,8 +1,9 @@
 """Works of the layers around the mixers: RMSNorm, the MLP's gate, rotary positions, each as the models run it.
 
-Norm and gate are Liger's kernels, the rotation is ours. Peers: the same in plain PyTorch, that under torch.compile, and
-Liger's rotation where installed, which overwrites its queries. Liger's gates overwrite what they saved in the backward
-pass; their floor counts as if they did not. `--check` prints errors, `--tune` the time of each tile of the rotation.
+Norm and rotation are ours, the gate is Liger's kernel. Peers: the same in plain PyTorch, that under torch.compile, and
+where installed Liger's norm and its rotation, which overwrites its queries. Liger's gates overwrite what they saved in
+the backward pass; their floor counts as if they did not. `--check` prints errors, `--tune` the time of each tile of the
+rotation and the norm.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ from torch import Tensor
 from torch.func import functional_call
 
 from longscan.kernels import rotary
+from longscan.kernels.rms_norm import kernel as norms
 from longscan.kernels.rotary import kernel, reference
 from longscan.models.mlp import ACTIVATIONS, gated
 from longscan.models.norm import RMSNorm
 from longscan.models.positions import rotary_table
 
-from .gpu_timing import Work, milliseconds
+from .gpu_timing import Work, milliseconds, time_or_error
 
 TOKENS, WIDTH, HIDDEN = 32768, 2560, 7680
 HEADS, HEAD_DIM = 16, 128
@@ -55,7 +57,10 @@ def norm_works(tokens: int) -> Iterator[Work]:
     def plain(x: Tensor, scale: Tensor) -> Tensor:
         return F.rms_norm(x.float(), x.shape[-1:], 1 + scale.float(), EPS).to(x.dtype)
 
-    yield from _each(f"rms_norm ({tokens}, {WIDTH}) bf16", [x, scale], (2, 5), ours, plain)
+    name = f"rms_norm ({tokens}, {WIDTH}) bf16"
+    yield from _each(name, [x, scale], (2, 5), ours, plain)
+    if importlib.util.find_spec("liger_kernel"):
+        yield Work(name, [x, scale], liger_norm(), 2 * x.nbytes, 5 * x.nbytes, impl="Liger")
 
 
 def gate_works(tokens: int, name: str, activation: str) -> Iterator[Work]:
@@ -102,6 +107,13 @@ def _each(name: str, inputs: list[Tensor], passes: tuple[int, int], ours: Layer,
     yield Work(name, inputs, torch.compile(plain), forward, both, impl="torch.compile")
 
 
+def liger_norm() -> Layer:
+    """Liger's norm, told to leave the gradient that comes in as it is, and to give a program a row."""
+    from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+
+    return lambda x, scale: LigerRMSNormFunction.apply(x, scale, EPS, 1.0, "gemma", False, True)
+
+
 def liger_rotary(rotated: int, cos: Tensor, sin: Tensor) -> Layer:
     """Liger's rotation, with one key beside the queries."""
     from liger_kernel.ops.rope import LigerRopeFunction
@@ -139,7 +151,7 @@ TILES = [(2048, 16, 4), (4096, 16, 8), (1024, 16, 4), (1024, 16, 2), (4096, 16, 
 
 
 def candidates() -> None:
-    """Prints the time of each tile of the rotation, the pass alone."""
+    """Prints the time of each tile of the rotation, and of the norm's passes, alone."""
     cases = [(16, HEAD_DIM), (16, HEAD_DIM // 2), (1, HEAD_DIM // 2)]
     drawn = [(_draw(1, TOKENS, heads, HEAD_DIM).detach(), *_table(_positions(TOKENS), dims)) for heads, dims in cases]
     chosen = kernel.TILE
@@ -148,6 +160,43 @@ def candidates() -> None:
         times = [milliseconds(lambda case=case: kernel.rotate(*case, False), 10) for case in drawn]
         print(tile, *(f"{heads} heads {dims} dims {ms:.4f} ms" for (heads, dims), ms in zip(cases, times, strict=True)))
     kernel.TILE = chosen
+    norm_candidates()
+
+
+# numbers, values, stages, warps a multiprocessor; the last two concern the backward pass alone.
+FORWARD_NORMS = [(4096, 32), (4096, 16), (2048, 16), (8192, 32), (2048, 8)]
+BACKWARD_NORMS = [
+    (2048, 16, 3, 16),
+    (2048, 16, 2, 20),
+    (2048, 16, 4, 16),
+    (2048, 8, 3, 32),
+    (2048, 8, 2, 32),
+    (2048, 8, 3, 24),
+    (2048, 8, 3, 16),
+    (2048, 16, 2, 16),
+    (2048, 16, 3, 12),
+    (2048, 16, 3, 8),
+    (2048, 32, 3, 8),
+]
+
+
+def norm_candidates() -> None:
+    """Prints the time of each tile of the norm, of a residual stream and of heads' dims."""
+    cases = [_norm_inputs(TOKENS, WIDTH), _norm_inputs(TOKENS * HEADS, 64)]
+    standing = norms.FORWARD, norms.BACKWARD
+    for sizes in FORWARD_NORMS:
+        norms.FORWARD = norms.Tile(*sizes)
+        print("forward", norms.FORWARD, *(time_or_error(partial(norms.forward, x, s, EPS)) for _, x, s, _ in cases))
+    for sizes in BACKWARD_NORMS:
+        norms.BACKWARD = norms.Tile(*sizes)
+        print("backward", norms.BACKWARD, *(time_or_error(partial(norms.backward, *case, True)) for case in cases))
+    norms.FORWARD, norms.BACKWARD = standing
+
+
+def _norm_inputs(rows: int, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dy, x, scale, the reciprocals of the roots)."""
+    dy, x, scale = (_draw(*shape).detach() for shape in ((rows, width), (rows, width), (width,)))
+    return dy, x, scale, norms.forward(x, scale, EPS)[1]
 
 
 def main() -> None:

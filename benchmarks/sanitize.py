@@ -170,6 +170,14 @@ def gate_projections(rows: int, tokens: int, segments: Segments, dtype: torch.dt
         differentiate(kernels.gate_projections(*inputs, implementation=FORCED))
 
 
+def rms_norm(rows: int, tokens: int, segments: Segments, dtype: torch.dtype) -> None:
+    """Rows that share a tile, rows in one block and in two, all of odd widths, the scale trained or not."""
+    for width in (1, 33, 2047, 2500):
+        scale = draw(width)
+        for each in (scale, scale.detach()):
+            differentiate(kernels.rms_norm(draw(rows, tokens, width, dtype=dtype), each, 1e-6))
+
+
 def rotary(rows: int, tokens: int, segments: Segments, dtype: torch.dtype) -> None:
     """Heads rotated whole, in part, and more of them than a tile."""
     for heads, dim, angles in ((4, 16, 8), (5, 11, 3), (40, 64, 32)):
@@ -186,6 +194,7 @@ OPS = (
     linear_attention,
     linear_scan,
     rg_lru,
+    rms_norm,
     rotary,
     short_conv,
     taylor_attention,

@@ -10,6 +10,7 @@ from .cross_entropy import linear_cross_entropy, loss_from_pieces, vocabulary_pi
 from .linear_attention import linear_attention, linear_attention_step, linear_attention_summarize
 from .linear_scan import linear_scan, linear_scan_summarize
 from .rg_lru import rg_lru, rg_lru_summarize
+from .rms_norm import rms_norm
 from .rotary import rotary
 from .segments import Segments
 from .short_conv import short_conv
@@ -28,6 +29,7 @@ __all__ = [
     "loss_from_pieces",
     "rg_lru",
     "rg_lru_summarize",
+    "rms_norm",
     "rotary",
     "short_conv",
     "taylor_attention",

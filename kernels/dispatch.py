@@ -29,6 +29,7 @@ KERNELS = {
     "linear_attention": _HALF_AND_SINGLE,
     "linear_scan": _HALF_AND_SINGLE,
     "rg_lru": _HALF_AND_SINGLE,
+    "rms_norm": _HALF_AND_SINGLE,
     "rotary": _HALF_AND_SINGLE,
     "short_conv": _HALF_AND_SINGLE,
     "taylor_attention": _HALF_AND_SINGLE,

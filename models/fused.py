@@ -1,4 +1,4 @@
-"""RMSNorm and the MLP's gate in one pass over memory each: Liger's kernels, on CUDA, for everything but fp64.
+"""The MLP's gate in one pass over memory each way: Liger's kernels, on CUDA, for everything but fp64.
 
 By rule and never by attempt: where `runs` says so and liger-kernel is missing, importing it raises.
 """
@@ -14,18 +14,8 @@ from torch import Tensor
 
 
 def runs(x: Tensor) -> bool:
-    """Whether these functions are to be used for x; torch.compile fuses the plain ones with what is around them."""
+    """Whether `gated` is to be used for x; torch.compile fuses the plain one with what is around it."""
     return x.is_cuda and x.dtype != torch.float64 and not torch.compiler.is_compiling()
-
-
-def rms_norm(x: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """`x / sqrt(mean(x^2) + eps) * (1 + scale)` in x's dtype, computed in fp32.
-
-    The gradient that comes in is left as it is, for others may share it; in place would save a pass. A program takes a
-    row: the kernel for several short ones multiplies what it loads beyond the last row, undefined, by zero.
-    """
-    offset, casts, in_place, by_row = 1.0, "gemma", False, True
-    return _functions()["rms_norm"].apply(x, scale, eps, offset, casts, in_place, by_row)
 
 
 def gated(activation: str, gate: Tensor, up: Tensor) -> Tensor:
@@ -47,9 +37,8 @@ def _functions() -> dict[str, Any]:
     sys.modules.update(dict.fromkeys(asked))  # pyright: ignore[reportArgumentType, reportCallIssue]
     try:
         from liger_kernel.ops.geglu import LigerGELUMulFunction
-        from liger_kernel.ops.rms_norm import LigerRMSNormFunction
         from liger_kernel.ops.swiglu import LigerSiLUMulFunction
     finally:
         for name in asked:
             del sys.modules[name]
-    return {"rms_norm": LigerRMSNormFunction, "gelu": LigerGELUMulFunction, "silu": LigerSiLUMulFunction}
+    return {"gelu": LigerGELUMulFunction, "silu": LigerSiLUMulFunction}

@@ -45,15 +45,25 @@ def loops(ptx: str) -> list[str]:
     return ["\n".join(lines[labels[to] : i]) for to, i in jumps if labels[to] < i]
 
 
+def spilled(cubin: bytes) -> int:
+    """The bytes a thread of local memory: what its registers did not hold."""
+    return int(re.findall(r"STACK:(\d+)", _listed(cubin, "-res-usage"))[0])
+
+
 def lost(cubin: bytes) -> list[int]:
     """The uniform registers that the machine code reads before anything writes them: ptxas dropped a copy."""
+    return unwritten(_listed(cubin, "-sass"))
+
+
+def _listed(cubin: bytes, what: str) -> str:
+    """What cuobjdump prints of it."""
     from triton import knobs
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(cubin)
-        command = [knobs.nvidia.cuobjdump.path, "-sass", path]
-        return unwritten(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        command = [knobs.nvidia.cuobjdump.path, what, path]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def unwritten(listing: str) -> list[int]:

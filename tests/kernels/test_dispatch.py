@@ -21,6 +21,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
         ("auto", "attention", CUDA, torch.bfloat16, "triton"),
         ("auto", "linear_attention", CUDA, torch.bfloat16, "triton"),
         ("auto", "gate_projections", CUDA, torch.bfloat16, "triton"),
+        ("auto", "rms_norm", CUDA, torch.bfloat16, "triton"),
         ("auto", "short_conv", CUDA, torch.bfloat16, "triton"),
         ("reference", "rg_lru", CUDA, torch.bfloat16, "reference"),
         ("triton", "rg_lru", CUDA, torch.float16, "triton"),
@@ -35,7 +36,7 @@ def test_choice(asked, op, device, dtype, chosen):
     [
         ("linear_scan", CPU, torch.float32, "the inputs are on cpu; it needs CUDA, or TRITON_INTERPRET=1"),
         ("linear_scan", CUDA, torch.float64, "its kernel has no torch.float64"),
-        ("rms_norm", CUDA, torch.float32, "this op has no Triton kernel"),
+        ("layer_norm", CUDA, torch.float32, "this op has no Triton kernel"),
     ],
 )
 def test_reasons(op, device, dtype, reason, monkeypatch):

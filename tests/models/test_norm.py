@@ -1,4 +1,4 @@
-"""LayerNorm, where a model has it, against its formula; RMSNorm's kernel is held to its formula in test_fused."""
+"""LayerNorm, where a model has it, against its formula; RMSNorm is `kernels.rms_norm`, tested there."""
 
 import pytest
 import torch

@@ -3,6 +3,7 @@
 import weakref
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -11,10 +12,10 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from longscan.kernels import Segments
+from longscan.kernels import Segments, rms_norm
 from longscan.kernels.cross_entropy import op as loss
 from longscan.kernels.rg_lru import op as rg_lru
-from longscan.models import LanguageModel, LocalBackend, fused, offload
+from longscan.models import LanguageModel, LocalBackend, fused, norm, offload
 from longscan.models.config import config_from_mapping, load_preset, num_params
 from longscan.models.positions import alibi_slopes
 from longscan.models.sequence import Entry, LocalContext
@@ -26,20 +27,6 @@ from longscan.parallel.plan.memory import stage_params, temporaries
 
 PRESETS = ("griffin-tiny", "based-tiny", "alibi-tiny", "linearized-tiny")
 ROWS, TOKENS = 2, 384
-
-
-class Norm(torch.autograd.Function):
-    """Keeps what Liger's RMSNorm keeps."""
-
-    @staticmethod
-    def forward(ctx, x, scale):
-        ctx.save_for_backward(x, scale, torch.empty(x.shape[:-1], dtype=torch.float32))
-        return torch.empty_like(x)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        x, scale, _ = ctx.saved_tensors
-        return torch.empty_like(x), torch.empty_like(scale)
 
 
 class Gated(torch.autograd.Function):
@@ -112,7 +99,7 @@ def on_gpu(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(loss, "_check_range", lambda *arguments: None)
     monkeypatch.setattr(fused, "runs", lambda x: True)
-    monkeypatch.setattr(fused, "rms_norm", lambda x, scale, eps: Norm.apply(x, scale))
+    monkeypatch.setattr(norm, "rms_norm", partial(rms_norm, implementation="triton"))
     monkeypatch.setattr(fused, "gated", lambda activation, gate, up: Gated.apply(gate, up))
     alibi_slopes.cache_clear()
     with FakeTensorMode():
