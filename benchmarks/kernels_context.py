@@ -19,7 +19,7 @@ from longscan.kernels import (
     taylor_attention,
     taylor_attention_summarize,
 )
-from longscan.kernels.linear_scan.kernel import Tile
+from longscan.kernels.linear_scan.chain import Tile
 from longscan.kernels.rg_lru import kernel as gated
 
 from .gpu_timing import Work, time_or_error

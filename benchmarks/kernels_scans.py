@@ -10,7 +10,7 @@ from torch import Tensor
 
 from longscan.kernels import linear_scan, rg_lru
 from longscan.kernels.linear_scan import kernel as scan_kernel
-from longscan.kernels.linear_scan.kernel import Tile
+from longscan.kernels.linear_scan.chain import Tile
 from longscan.kernels.rg_lru import kernel as gated_kernel
 
 from .gpu_timing import Work, time_or_error

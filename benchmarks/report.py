@@ -134,7 +134,7 @@ def _times(measured: Sequence[Timing]) -> Iterator[str]:
 def _tiles() -> Iterator[str]:
     """The constants of the kernel files that say how work is cut, as the source has them."""
     yield from _heading("op", "constant", "value")
-    for file in sorted([*(ROOT / "kernels").glob("*/kernel.py"), *(ROOT / "kernels").glob("*/hopper.py")]):
+    for file in sorted(file for name in ("chain", "hopper", "kernel") for file in ROOT.glob(f"kernels/*/{name}.py")):
         for node in ast.parse(file.read_text()).body:
             for name, value in _constants(node):
                 yield _row(file.parent.name, f"`{name}`", f"`{value}`")

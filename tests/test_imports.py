@@ -18,7 +18,12 @@ ALLOWED = {
 }
 # Where alone a library may be imported: patterns under the root.
 OWNERS = {
-    "triton": ("kernels/*/kernel.py", "kernels/attention/hopper.py", "kernels/precompile.py"),
+    "triton": (
+        "kernels/*/kernel.py",
+        "kernels/attention/hopper.py",
+        "kernels/linear_scan/chain.py",
+        "kernels/precompile.py",
+    ),
     "liger_kernel": ("models/fused.py",),
     "megatron": ("parallel/**/*.py",),
     "deepspeed": ("parallel/**/*.py",),

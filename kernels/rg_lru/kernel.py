@@ -1,8 +1,8 @@
 """The RG-LRU in Triton: gates, normaliser and scan in one launch a pass; h, and nothing between, goes to memory.
 
-Cut, walked and folded as linear_scan/kernel.py describes, whose helpers it shares. The backward pass recomputes the
-gates; the gradient of a_param is summed tile by tile and then over tiles by a second small launch in a fixed order,
-without atomics, so bits repeat. Beyond the end the recurrence gate is closed: factor 1, input 0.
+Cut, walked and folded as linear_scan/chain.py describes. The backward pass recomputes the gates; the gradient of
+a_param is summed tile by tile and then over tiles by a second small launch in a fixed order, without atomics, so bits
+repeat. Beyond the end the recurrence gate is closed: factor 1, input 0.
 """
 
 # The types of jitted functions and of their launches are beyond a type checker.
@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dispatch import on
-from ..linear_scan.kernel import (
+from ..linear_scan.chain import (
     LOG2_E,
     Tile,
     choose,

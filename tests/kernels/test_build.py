@@ -13,6 +13,7 @@ from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from longscan.kernels.linear_scan import kernel as scan
+from longscan.kernels.linear_scan.chain import Tile
 from longscan.kernels.rg_lru import kernel as gated
 from sass import loops
 
@@ -48,7 +49,7 @@ def build(kernel, absent, warps, ones=(), **sizes):
     return any("ttg.convert_layout" in line and block in line for line in built.asm["ttgir"].splitlines())
 
 
-SMALL = scan.Tile(rows=2, steps=2, block=16, warps=2)
+SMALL = Tile(rows=2, steps=2, block=16, warps=2)
 
 
 def sizes(tile, width=2560):
@@ -67,7 +68,7 @@ for module in (scan, gated):
     for ones in ({"batch", "tiles"}, {"batch", "tokens", "tiles"}):
         build(module._forward, {"p_transition", "p_resets"}, ones=ones, **sizes(SMALL, 1))
         build(module._backward, {"p_extra"}, ones=ones, **sizes(SMALL, 37))
-    for tile in {*module.SUMMARY, scan.Tile(rows=8, steps=16, block=64, warps=8, skip=2)}:
+    for tile in {*module.SUMMARY, Tile(rows=8, steps=16, block=64, warps=8, skip=2)}:
         print("adjoint", build(module._adjoint, set(), **sizes(tile)))
         print("summary", build(module._forward, {"p_h", "p_initial", "p_final"}, **sizes(tile)))
 for ones in ({}, {"parts"}):

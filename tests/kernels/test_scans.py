@@ -128,7 +128,7 @@ def test_kernel_at_500_tokens(device):
 
 def cut_short(monkeypatch, skip: int = 2) -> None:
     """Lets the kernels cut tiles of 4 tokens, so that a short row has several."""
-    from longscan.kernels.linear_scan.kernel import Tile
+    from longscan.kernels.linear_scan.chain import Tile
 
     cut(monkeypatch, Tile(rows=2, steps=2, block=16, warps=2, skip=skip))
 
@@ -148,7 +148,7 @@ def cut(monkeypatch, tile) -> None:
 @pytest.mark.parametrize("skip", [1, 2])
 def test_wide_tiles(name, block, skip, device, monkeypatch):
     """Channels polled in one part and in two, some of them beyond the width."""
-    from longscan.kernels.linear_scan.kernel import Tile
+    from longscan.kernels.linear_scan.chain import Tile
 
     cut(monkeypatch, Tile(rows=2, steps=2, block=block, warps=2, skip=skip))
     inputs = make(name, 2, 15, 70, torch.float32, device)
@@ -159,11 +159,11 @@ def test_wide_tiles(name, block, skip, device, monkeypatch):
 @both_ops
 def test_words_are_left_clear(name, device, monkeypatch):
     """By every pass and by shapes of other sizes, whose words lie elsewhere."""
-    from longscan.kernels.linear_scan import kernel
+    from longscan.kernels.linear_scan import chain
 
-    monkeypatch.setattr(kernel, "_WORDS", words := {})
+    monkeypatch.setattr(chain, "_WORDS", words := {})
     for skip, block in ((1, 16), (2, 16), (1, 64), (2, 64)):
-        cut(monkeypatch, kernel.Tile(rows=2, steps=2, block=block, warps=2, skip=skip))
+        cut(monkeypatch, chain.Tile(rows=2, steps=2, block=block, warps=2, skip=skip))
         for shape in ((2, 29, 20), (1, 5, 3), (1, 17, 70)):
             inputs = make(name, *shape, torch.float32, device)
             for function, given in ((OPS[name], inputs), (SUMMARIES[name], inputs[:-1])):
@@ -174,16 +174,16 @@ def test_words_are_left_clear(name, device, monkeypatch):
 
 def test_words_that_are_not_kept(device, monkeypatch):
     """Those of a pass that fails, and of one that takes many."""
-    from longscan.kernels.linear_scan import kernel
+    from longscan.kernels.linear_scan import chain
 
     like = torch.empty(0, device=device)
-    monkeypatch.setattr(kernel, "_WORDS", words := {})
-    with pytest.raises(ZeroDivisionError), kernel._words(like, 1):
+    monkeypatch.setattr(chain, "_WORDS", words := {})
+    with pytest.raises(ZeroDivisionError), chain._words(like, 1):
         raise ZeroDivisionError
     assert not words
-    monkeypatch.setattr(kernel, "MOST", 3)
+    monkeypatch.setattr(chain, "MOST", 3)
     for count, left in ((4, 0), (2, 2), (4, 2), (3, 3), (1, 3)):
-        with kernel._words(like, count) as lent:
+        with chain._words(like, count) as lent:
             assert len(lent) >= count
         assert sum(map(len, words.values())) == left
 
@@ -207,7 +207,7 @@ def test_thousands_of_programs(name, cut_into, device, monkeypatch):
     """Where many wait for others' states at once, what one warp has seen another may not have."""
     if device != "cuda":
         pytest.skip("needs a GPU: the interpreter runs a program at a time")
-    from longscan.kernels.linear_scan.kernel import Tile
+    from longscan.kernels.linear_scan.chain import Tile
 
     rows, steps, block, skip = cut_into
     inputs = [t.detach() for t in make(name, 1, 16384, 2560, torch.float32, device)]
@@ -224,7 +224,7 @@ def test_words_of_a_graph(name, device):
     """A CUDA graph has words of its own, so that its replay on one stream meets no eager pass on another."""
     if device != "cuda":
         pytest.skip("needs a GPU")
-    from longscan.kernels.linear_scan import kernel
+    from longscan.kernels.linear_scan import chain
 
     inputs = [t.detach() for t in make(name, 1, 4096, 256, torch.float32, device)]
     want, _ = OPS[name](*inputs)
@@ -232,10 +232,10 @@ def test_words_of_a_graph(name, device):
     with torch.cuda.stream(aside):
         OPS[name](*inputs)
     torch.cuda.synchronize()
-    before, graph = [id(words) for words in kernel._WORDS.values()], torch.cuda.CUDAGraph()
+    before, graph = [id(words) for words in chain._WORDS.values()], torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=aside):
         h, _ = OPS[name](*inputs)
-    assert [id(words) for words in kernel._WORDS.values()] == before
+    assert [id(words) for words in chain._WORDS.values()] == before
     for _ in range(20):
         h.zero_()
         aside.wait_stream(torch.cuda.current_stream())
