@@ -201,12 +201,14 @@ def test_factors_that_overflow_leave_zeros_zero(device, monkeypatch):
         torch.testing.assert_close(kernel, reference)
 
 
+@pytest.mark.gpu
 @both_ops
 @pytest.mark.parametrize("cut_into", [(16, 16, 32, 1), (16, 16, 32, 2), (8, 16, 64, 1), (8, 16, 64, 2)])
 def test_thousands_of_programs(name, cut_into, device, monkeypatch):
-    """Where many wait for others' states at once, what one warp has seen another may not have."""
-    if device != "cuda":
-        pytest.skip("needs a GPU: the interpreter runs a program at a time")
+    """Where many wait for others' states at once, what one warp has seen another may not have.
+
+    The interpreter runs a program at a time.
+    """
     from longscan.kernels.linear_scan.chain import Tile
 
     rows, steps, block, skip = cut_into
@@ -219,11 +221,10 @@ def test_thousands_of_programs(name, cut_into, device, monkeypatch):
         torch.testing.assert_close(final, last, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.gpu
 @both_ops
 def test_words_of_a_graph(name, device):
     """A CUDA graph has words of its own, so that its replay on one stream meets no eager pass on another."""
-    if device != "cuda":
-        pytest.skip("needs a GPU")
     from longscan.kernels.linear_scan import chain
 
     inputs = [t.detach() for t in make(name, 1, 4096, 256, torch.float32, device)]
@@ -246,10 +247,9 @@ def test_words_of_a_graph(name, device):
         assert torch.equal(h, want) and torch.equal(between, want)
 
 
+@pytest.mark.gpu
 def test_under_graphs_of_torch_compile(device):
     """They keep what is allocated on their stream while a graph is prepared, and refuse what lives on."""
-    if device != "cuda":
-        pytest.skip("needs a GPU")
     x, log_a, state = (t.detach().requires_grad_() for t in make("linear_scan", 1, 4096, 64, torch.float32, device))
 
     def loss(x, log_a):
