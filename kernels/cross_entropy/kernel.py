@@ -81,8 +81,10 @@ def _label_alone(i_label, value, BLOCK: tl.constexpr, LANES: tl.constexpr):
     """The value at the label of a whole row as [BLOCK / LANES, LANES], elsewhere 0.
 
     As the product of a vector of groups and one of lanes, which a gradient adds in one instruction a logit where a
-    comparison with the label takes three. A label below 0 has a lane below 0 or a group below 0.
+    comparison with the label takes three.
     """
+    # 32 bits, which a label of another slice or an ignored one may not fit.
+    i_label = tl.where((i_label >= 0) & (i_label < BLOCK), i_label, -1).to(tl.int32)
     b_group = (tl.arange(0, BLOCK // LANES) == i_label // LANES).to(tl.float32)
     b_lane = tl.where(tl.arange(0, LANES) == i_label % LANES, value, 0.0)
     return b_group[:, None] * b_lane[None, :]
@@ -102,7 +104,7 @@ def _whole_row(p_row, i_label, o_column, mask, columns, cap, CAPPED: tl.constexp
 def _score_gradient(b, b_weight, b_by_target, by_total, by_spread, cap, CAPPED: tl.constexpr):
     """The gradient of the logits whose capped scores are b, and b_weight = exp(b - highest).
 
-    `b_by_target` is 0 but for the label's logit.
+    `b_by_target` is 0 but for the label's logit; `by_spread` is None without label smoothing.
     """
     b_grad = b_weight * by_total + b_by_target
     if by_spread is not None:
@@ -145,6 +147,7 @@ def _statistics(
     p_target,
     p_spread,
     rows,
+    columns,
     cap,
     COLUMNS: tl.constexpr,
     CAPPED: tl.constexpr,
@@ -152,15 +155,15 @@ def _statistics(
     LANES: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """A block's statistics; LANES is 0 for rows that are not read whole."""
+    """A block's statistics; LANES and COLUMNS are 0 for rows that are not read whole."""
     for i_row in tl.range(tl.program_id(0), rows, tl.num_programs(0), num_stages=STAGES):
-        p_row = p_logits + tl.cast(i_row, tl.int64) * COLUMNS
+        p_row = p_logits + tl.cast(i_row, tl.int64) * columns
         i_label = tl.load(p_labels + i_row)
         if LANES > 0:
             o_column, mask = _columns(COLUMNS, BLOCK, LANES)
             _, _, highest, total, target, spread = _whole_row(p_row, i_label, o_column, mask, COLUMNS, cap, CAPPED)
         else:
-            highest, total, target, spread = _row_statistics(p_row, i_label, COLUMNS, cap, CAPPED, BLOCK)
+            highest, total, target, spread = _row_statistics(p_row, i_label, columns, cap, CAPPED, BLOCK)
         tl.store(p_highest + i_row, highest)
         tl.store(p_total + i_row, total)
         tl.store(p_target + i_row, target)
@@ -213,6 +216,7 @@ def _loss_and_gradient(
     p_labels,
     p_loss,
     rows,
+    columns,
     ignored,
     z_loss,
     smoothing,
@@ -224,9 +228,9 @@ def _loss_and_gradient(
     LANES: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """A block's losses, and its gradient in its place; LANES is 0 for rows that are not read whole."""
+    """A block's losses, and its gradient in its place; LANES and COLUMNS are 0 for rows that are not read whole."""
     for i_row in tl.range(tl.program_id(0), rows, tl.num_programs(0), num_stages=STAGES):
-        p_row = p_logits + tl.cast(i_row, tl.int64) * COLUMNS
+        p_row = p_logits + tl.cast(i_row, tl.int64) * columns
         i_label = tl.load(p_labels + i_row)
         if LANES > 0:
             o_column, mask = _columns(COLUMNS, BLOCK, LANES)
@@ -234,11 +238,11 @@ def _loss_and_gradient(
                 p_row, i_label, o_column, mask, COLUMNS, cap, CAPPED
             )
         else:
-            highest, total, target, spread = _row_statistics(p_row, i_label, COLUMNS, cap, CAPPED, BLOCK)
+            highest, total, target, spread = _row_statistics(p_row, i_label, columns, cap, CAPPED, BLOCK)
         if not SMOOTHED:
             spread = 0.0
         loss, by_total, by_target, by_spread = _loss_and_factors(
-            i_label, COLUMNS, highest, total, target, spread, ignored, z_loss, smoothing
+            i_label, columns, highest, total, target, spread, ignored, z_loss, smoothing
         )
         if not SMOOTHED:
             by_spread = None
@@ -249,9 +253,9 @@ def _loss_and_gradient(
         else:
             # The label's logit is read before the row is overwritten.
             tl.debug_barrier()
-            for start in range(0, COLUMNS, BLOCK):
+            for start in range(0, columns, BLOCK):
                 _row_gradient(
-                    p_row, i_label, start, COLUMNS, highest, by_total, by_target, by_spread, cap, CAPPED, BLOCK
+                    p_row, i_label, start, columns, highest, by_total, by_target, by_spread, cap, CAPPED, BLOCK
                 )
         tl.store(p_loss + i_row, loss)
 
@@ -267,7 +271,7 @@ def statistics(logits: Tensor, labels: Tensor, soft_cap: float, out: Pieces) -> 
     """Writes (highest, total, target, spread) [n]; `target` is 0 where the label is none of the columns."""
     programs, options = _plan(logits, soft_cap)
     with on(logits):
-        _statistics[(programs,)](logits, labels, *out, logits.shape[0], soft_cap, **options)
+        _statistics[(programs,)](logits, labels, *out, *logits.shape, soft_cap, **options)
 
 
 def gradient_(logits: Tensor, labels: Tensor, by: Pieces, cap: float, first: int = 0) -> None:
@@ -305,7 +309,7 @@ def loss_and_gradient_(
     programs, options = _plan(logits, cap)
     with on(logits):
         _loss_and_gradient[(programs,)](
-            logits, labels, losses, logits.shape[0], ignored, z_loss, smoothing, cap, SMOOTHED=smoothing != 0, **options
+            logits, labels, losses, *logits.shape, ignored, z_loss, smoothing, cap, SMOOTHED=smoothing != 0, **options
         )
     return losses
 
@@ -314,14 +318,15 @@ def _plan(logits: Tensor, cap: float) -> tuple[int, dict[str, Any]]:
     """(programs, compile-time sizes) of a pass that needs whole rows' sums."""
     rows, columns = logits.shape
     block = next_power_of_2(columns)
-    # As a constant, COLUMNS says of most logits that they lie inside the row, which takes no instruction then.
-    options = {"COLUMNS": columns, "CAPPED": cap != 0, "BLOCK": min(BLOCK, block)}
-    options |= {"LANES": 0, "STAGES": 1, "num_warps": WARPS}
+    options = {"CAPPED": cap != 0, "BLOCK": min(BLOCK, block), "COLUMNS": 0, "LANES": 0, "STAGES": 1}
+    options["num_warps"] = WARPS
     if block * logits.element_size() > (WHOLE // 4 if cap else WHOLE):
         return rows, options
     lanes = 16 // logits.element_size()
     warps = max(1, min(PROCESSOR_WARPS, block // (32 * VALUES)))
     options |= {"BLOCK": block, "LANES": lanes if columns % lanes == 0 else 1, "STAGES": STAGES, "num_warps": warps}
+    # As a constant, it says of most logits that they lie inside the row, which takes no instruction then.
+    options["COLUMNS"] = columns
     return min(rows, processors(logits) * (PROCESSOR_WARPS // warps)), options
 
 

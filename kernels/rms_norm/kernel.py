@@ -27,6 +27,8 @@ from ..sizes import cdiv, next_power_of_2
 # Of a multiprocessor, and the most that a thread can have of them.
 REGISTERS, MOST_REGISTERS = 65536, 255
 MOST_WARPS = 16
+# Bytes of shared memory for tiles on their way, which a program can have on any GPU from Ampere on.
+SHARED = 90 * 1024
 
 
 @dataclass(frozen=True)
@@ -50,18 +52,23 @@ class Tile:
         warps = max(1, min(MOST_WARPS, rows * block // (32 * self.values)))
         return {"WIDTH": width, "ROWS": rows, "BLOCK_D": block, "num_warps": warps}
 
-    def staying(self, width: int) -> tuple[int, dict[str, Any]]:
+    def staying(self, width: int, size: int) -> tuple[int, dict[str, Any]]:
         """(programs a multiprocessor, the compile-time sizes) of programs that stay, for as many of which it has room.
 
-        A row that is a tile is cut in two blocks where that leaves fewer lanes idle: 2,560 in 2,048 + 512.
+        A row that is a tile is cut in two blocks where that leaves fewer lanes idle: 2,560 in 2,048 + 512. A number of
+        x or dy has `size` bytes.
         """
-        whole = next_power_of_2(width)
-        block = whole // 2 if self.numbers <= whole > width else whole
+        block, rest = next_power_of_2(width), 0
+        if self.numbers <= block > width:
+            half = block // 2
+            second = next_power_of_2(width - half)
+            if second < half:
+                block, rest = half, second
         constants = self.constants(width, block)
         programs = max(1, self.warps // constants["num_warps"])
         room = REGISTERS // (32 * constants["num_warps"] * programs)
-        rest = next_power_of_2(width - block) if width > block else 0
-        return programs, constants | {"REST": rest, "STAGES": self.stages, "maxnreg": min(room, MOST_REGISTERS)}
+        on_their_way = min(self.stages - 1, SHARED // (2 * size * constants["ROWS"] * (block + rest)))
+        return programs, constants | {"REST": rest, "STAGES": 1 + on_their_way, "maxnreg": min(room, MOST_REGISTERS)}
 
 
 FORWARD = Tile(numbers=4096, values=32)
@@ -175,7 +182,7 @@ def backward(dy: Tensor, x: Tensor, scale: Tensor, root: Tensor, trained: bool) 
     """(dx, the scale's gradient, of no numbers where the scale is not `trained`)."""
     dy, x, scale = dy.contiguous(), x.contiguous(), scale.contiguous()
     dx, rows, width = torch.empty_like(x), root.numel(), x.shape[-1]
-    programs, constants = BACKWARD.staying(width)
+    programs, constants = BACKWARD.staying(width, max(dy.element_size(), x.element_size()))
     programs = min(cdiv(rows, constants["ROWS"]), programs * processors(x))
     parts = torch.empty(programs, width, dtype=torch.float32, device=x.device) if trained else None
     with on(x):

@@ -14,7 +14,8 @@ from ..dispatch import CannotRun, resolve
 from ..opaque import opaque
 from . import reference
 
-# A multiprocessor's registers hold so long a row, and its share of the scale's gradient, without spilling.
+# A multiprocessor's registers hold so long a row, and its share of the scale's gradient; widths that are no multiple of
+# a power of two spill some.
 MOST_WIDTH = 12288
 
 
@@ -39,20 +40,19 @@ def rms_norm(x: Tensor, scale: Tensor, eps: float, *, implementation: str = "aut
     check_tensor("scale", scale, tuple(x.shape[-1:]), x)
     if _implementation(implementation, x, scale) == "reference":
         return reference.forward(x, scale, eps)
-    return _forward(x, scale, float(eps))[0]
+    # What is saved is what the kernel reads, so that a strided x is copied once.
+    return _forward(x.contiguous(), scale, float(eps))[0]
 
 
 def _implementation(asked: str, x: Tensor, scale: Tensor) -> str:
     width, dtype = x.shape[-1], torch.promote_types(x.dtype, scale.dtype)
-    if asked == "auto" and width > MOST_WIDTH:
-        asked = "reference"
     chosen = resolve(asked, "rms_norm", x.device, dtype)
-    if chosen == "triton" and width > MOST_WIDTH:
-        raise CannotRun(
-            f"rms_norm: implementation='triton' cannot run: its kernel takes rows of up to {MOST_WIDTH}, and these "
-            f"have {width}"
-        )
-    return chosen
+    if chosen == "reference" or width <= MOST_WIDTH:
+        return chosen
+    if asked == "auto":
+        return "reference"
+    reason = f"its kernel takes rows of up to {MOST_WIDTH}, and these have {width}"
+    raise CannotRun(f"rms_norm: implementation='triton' cannot run: {reason}")
 
 
 @opaque("rms_norm")

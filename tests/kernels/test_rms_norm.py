@@ -89,7 +89,7 @@ def test_programs_that_stay_add_up(width, device, monkeypatch):
     from longscan.kernels.rms_norm import kernel
 
     monkeypatch.setattr(kernel, "processors", lambda x: 1)
-    programs, constants = kernel.BACKWARD.staying(width)
+    programs, constants = kernel.BACKWARD.staying(width, 4)
     inputs = make((5 * programs * constants["ROWS"] + 1, width), torch.float32, device)
     kernel, reference = (run(using(i), *inputs) for i in ("triton", "reference"))
     assert_within_bar(kernel, reference, run_exact(*inputs))
