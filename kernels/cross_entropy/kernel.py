@@ -317,17 +317,15 @@ def loss_and_gradient_(
 def _plan(logits: Tensor, cap: float) -> tuple[int, dict[str, Any]]:
     """(programs, compile-time sizes) of a pass that needs whole rows' sums."""
     rows, columns = logits.shape
-    block = next_power_of_2(columns)
-    options = {"CAPPED": cap != 0, "BLOCK": min(BLOCK, block), "COLUMNS": 0, "LANES": 0, "STAGES": 1}
-    options["num_warps"] = WARPS
+    block, capped = next_power_of_2(columns), {"CAPPED": cap != 0}
     if block * logits.element_size() > (WHOLE // 4 if cap else WHOLE):
-        return rows, options
+        sizes = {"COLUMNS": 0, "BLOCK": min(BLOCK, block), "LANES": 0, "STAGES": 1}
+        return rows, capped | sizes | {"num_warps": WARPS}
     lanes = 16 // logits.element_size()
     warps = max(1, min(PROCESSOR_WARPS, block // (32 * VALUES)))
-    options |= {"BLOCK": block, "LANES": lanes if columns % lanes == 0 else 1, "STAGES": STAGES, "num_warps": warps}
-    # As a constant, it says of most logits that they lie inside the row, which takes no instruction then.
-    options["COLUMNS"] = columns
-    return min(rows, processors(logits) * (PROCESSOR_WARPS // warps)), options
+    # As a constant, COLUMNS says of most logits that they lie inside the row, which takes no instruction then.
+    sizes = {"COLUMNS": columns, "BLOCK": block, "LANES": lanes if columns % lanes == 0 else 1, "STAGES": STAGES}
+    return min(rows, processors(logits) * (PROCESSOR_WARPS // warps)), capped | sizes | {"num_warps": warps}
 
 
 def _per_row(logits: Tensor) -> Tensor:

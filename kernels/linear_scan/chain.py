@@ -45,11 +45,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dispatch import on
-from ..sizes import next_power_of_2
+from ..sizes import cdiv, next_power_of_2
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-
-
 # The word of (1, 0), there.
 IDENTITY = tl.constexpr((0x3F800000 << 32) - 2**63)
 HIGH_BIT = tl.constexpr(-(2**31))
@@ -76,7 +74,7 @@ class Tile:
 
     def count(self, tokens: int) -> int:
         """Tiles of a row."""
-        return -(-tokens // (self.rows * self.steps))
+        return cdiv(tokens, self.rows * self.steps)
 
 
 # From so many channels in all rows together on, states arrive before their tiles are done.
@@ -285,7 +283,7 @@ def launch(kernel: Any, tiles: tuple[Tile, Tile], like: Tensor, *arguments: Tens
     if tile.registers and like.is_cuda:
         sizes["maxnreg"] = tile.registers
     with on(like), _words(like, batch * count * tile.skip * width) as words:
-        kernel[(batch * count * -(-width // block),)](*arguments, words, batch, tokens, count, WIDTH=width, **sizes)
+        kernel[(batch * count * cdiv(width, block),)](*arguments, words, batch, tokens, count, WIDTH=width, **sizes)
 
 
 # Words of each device's default stream, all 0 between passes: they are cleared once, not by a launch a pass. No more
