@@ -14,11 +14,12 @@ from .record import RESULTS
 
 Figure = dict[str, Any]
 
-# Where a work's name holds the tokens in a row, or the rows of a product.
+# Where a work's name holds the tokens in a row, or the rows of a product. A batch is below 1000: (32768, 16, 128) are
+# tokens, heads and dims.
 _TOKENS = (
     r"\bT (?P<tokens>\d+)",
     r"\(B, H, T\) = \(\d+, \d+, (?P<tokens>\d+)\)",
-    r"\(\d+, (?P<tokens>\d+)(, [\dx]+)+\)",
+    r"\(\d{1,3}, (?P<tokens>\d+)(, [\dx]+)+\)",
     r" (?P<tokens>\d+) x \d+ x \d+",
 )
 _ONE_ROW = re.compile(r"\bB 1\b|\(1, ")

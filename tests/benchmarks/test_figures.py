@@ -23,6 +23,7 @@ def test_a_work_is_part_of_a_series(work, name, tokens):
 
 def test_a_rate_is_no_series():
     assert series("matmul 8192^3 bf16") is None
+    assert series("rotary (32768, 16, 128), 64 dims rotated, bf16") is None
     assert op_of("gates + rg_lru (1, 2, 16x160)") == "gates"
 
 
