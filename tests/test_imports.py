@@ -22,6 +22,7 @@ OWNERS = {
         "kernels/*/kernel.py",
         "kernels/attention/hopper.py",
         "kernels/linear_scan/chain.py",
+        "kernels/parts.py",
         "kernels/precompile.py",
     ),
     "liger_kernel": ("models/fused.py",),

@@ -32,6 +32,7 @@ from ..linear_scan.chain import (
     steps_of,
     vector,
 )
+from ..parts import TILE, sum_of_parts
 from ..sizes import cdiv
 from .reference import DECAY_SCALE, SQRT_GUARD
 
@@ -273,14 +274,8 @@ def _sum_rates(p_drate, p_a_param, p_da_param, parts, PARTS: tl.constexpr, WIDTH
     """The gradient of a_param [D] from those of the rate [parts, D], of which PARTS are loaded at a time."""
     o_d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask = o_d < WIDTH
-    o_part = tl.arange(0, PARTS)[:, None]
-    o = o_part.to(tl.int64) * WIDTH + o_d[None, :]
-    b_sum = tl.zeros([PARTS, BLOCK_D], tl.float32)
-    for begin in tl.range(0, parts, PARTS):
-        b_sum += tl.load(p_drate + o, mask=(o_part < parts - begin) & mask[None, :], other=0.0)
-        p_drate += PARTS * WIDTH
     b_slope = tl.exp2(tl.load(p_a_param + o_d, mask=mask, other=0.0).to(tl.float32) * -LOG2_E) + 1.0
-    b_da_param = tl.sum(b_sum, 0) * (-SCALE / b_slope)
+    b_da_param = sum_of_parts(p_drate, parts, WIDTH, o_d, mask, PARTS) * (-SCALE / b_slope)
     tl.store(p_da_param + o_d, b_da_param.to(p_da_param.dtype.element_ty), mask=mask)
 
 
@@ -335,7 +330,7 @@ def backward(
     inputs = (dh, dfinal, extra, x, gate_a, gate_x, a_param, resets, h, initial)
     launch(_backward, BACKWARD, x, *inputs, dx, dgate_a, dgate_x, drate, dinitial)
     with on(x):
-        _sum_rates[(cdiv(x.shape[2], 16),)](
-            drate, a_param, da_param, drate.shape[0], PARTS=128, WIDTH=x.shape[2], BLOCK_D=16, num_warps=4
+        _sum_rates[(cdiv(x.shape[2], TILE["BLOCK_D"]),)](
+            drate, a_param, da_param, drate.shape[0], WIDTH=x.shape[2], **TILE
         )
     return dx, dgate_a, dgate_x, da_param, dinitial

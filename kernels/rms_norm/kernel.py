@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dispatch import on, processors
+from ..parts import sum_parts
 from ..sizes import cdiv, next_power_of_2
 
 # Of a multiprocessor, and the most that a thread can have of them.
@@ -187,4 +188,4 @@ def backward(dy: Tensor, x: Tensor, scale: Tensor, root: Tensor, trained: bool) 
     parts = torch.empty(programs, width, dtype=torch.float32, device=x.device) if trained else None
     with on(x):
         _backward[(programs,)](dy, x, scale, root, dx, parts, rows, **constants)
-    return dx, scale.new_empty(0) if parts is None else parts.sum(0).to(scale.dtype)
+    return dx, scale.new_empty(0) if parts is None else sum_parts(parts, scale.dtype)

@@ -30,6 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dispatch import on
+from ..parts import TILE, sum_of_parts
 from ..sizes import cdiv, next_power_of_2
 
 # Taps taken at a time: with as many the backward pass makes z again, and a loop runs over those beyond.
@@ -472,14 +473,7 @@ def _sum_parts(
     i_tap = tl.program_id(1)
     o_d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask = o_d < width
-    o_part = tl.arange(0, PARTS)[:, None]
-    o = o_part.to(tl.int64) * ((TAPS + 1) * width) + o_d[None, :]
-    p_parts += i_tap * width
-    b_sum = tl.zeros([PARTS, BLOCK_D], tl.float32)
-    for begin in tl.range(0, parts, PARTS):
-        b_sum += tl.load(p_parts + o, mask=(o_part < parts - begin) & mask[None, :], other=0.0)
-        p_parts += PARTS * (TAPS + 1) * width
-    b = tl.sum(b_sum, 0)
+    b = sum_of_parts(p_parts + i_tap * width, parts, (TAPS + 1) * width, o_d, mask, PARTS)
     tl.store(p_dweight + o_d * TAPS + i_tap, b.to(p_dweight.dtype.element_ty), mask=mask & (i_tap < TAPS))
     if p_dbias is not None:
         tl.store(p_dbias + o_d, b.to(p_dbias.dtype.element_ty), mask=mask & (i_tap == TAPS))
@@ -531,8 +525,8 @@ def backward(
         _backward[(batch * chunks * cdiv(width, tile.columns(width)),)](
             dy, x, weight, bias, tail, positions, *outputs, *sizes, ACTIVATION=activation, **tile.constants(width, taps)
         )
-        _sum_parts[(cdiv(width, 32), taps + (bias is not None))](
-            parts, dweight, None if bias is None else dbias, batch * chunks, width, taps, PARTS=64, BLOCK_D=32
+        _sum_parts[(cdiv(width, TILE["BLOCK_D"]), taps + (bias is not None))](
+            parts, dweight, None if bias is None else dbias, batch * chunks, width, taps, **TILE
         )
     if filters < width:
         dweight = dweight.view(filters, -1, taps).sum(1).to(weight.dtype)
