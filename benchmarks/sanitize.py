@@ -3,8 +3,9 @@
     python -m benchmarks.sanitize [op ...] [--tool memcheck|racecheck|initcheck|synccheck] [--logs FOLDER]
 
 Small odd shapes with documents, so that every edge of every tile is met. PyTorch's caching allocator would hide an
-overrun inside its blocks; it is off here. A packing in a dtype is a process of its own, several at once. Compiling the
-many variants of an op takes longer than running them, so a process that is not watched does that first, on all cores.
+overrun inside its blocks; it is off here. A packing in a dtype is a process of its own, several at once; an op is
+recorded when its last one ends. Compiling the many variants of an op takes longer than running them, so a process that
+is not watched does that first, on all cores.
 """
 
 from __future__ import annotations
@@ -17,12 +18,11 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import partial
 from itertools import product
-from operator import or_
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -45,9 +45,8 @@ AT_ONCE = min(16, os.cpu_count() or 1)
 LONGEST_S = 240
 # (rows, lengths of the documents in each); the last one ends inside a tile.
 PACKED = ((2, [[5, 60, 12], [77]]), (1, [[1]]), (1, [[100, 1, 156]]))
-DTYPES = (torch.bfloat16, torch.float32)
-# A packing and a dtype, by their numbers.
-CASES = tuple(product(range(len(PACKED)), range(len(DTYPES))))
+# fp32 first: without tensor cores its kernels are the longest, and the sanitizer rewrites each where it is loaded.
+DTYPES = (torch.float32, torch.bfloat16)
 
 # Where an error of the sanitizer's log lies: `at kernel(...)+0x40`, or in other releases `at 0x40 in kernel(...)`.
 _PLACE = re.compile(r"^=+\s+(?:at|.*?Race reported between \w+ access at) (?:0x\w+ in )?([A-Za-z_]\w*)", re.M)
@@ -65,7 +64,10 @@ def differentiate(outputs: Tensor | tuple[Tensor, ...]) -> None:
     torch.autograd.backward(tensors, [torch.randn_like(t) for t in tensors])
 
 
-def run_case(run: Callable[[int, int, Segments, torch.dtype], None], packing: int, dtype: int) -> None:
+Run = Callable[[int, int, Segments, torch.dtype], None]
+
+
+def run_case(run: Run, packing: int, dtype: int) -> None:
     """Calls run(rows, tokens, segments, dtype); half the rows go on with a document."""
     rows, lengths = PACKED[packing]
     segments = Segments.from_lengths(lengths, [7 * (row % 2 == 0) for row in range(rows)], DEVICE)
@@ -101,27 +103,26 @@ def short_conv(rows: int, tokens: int, segments: Segments, dtype: torch.dtype) -
         differentiate(kernels.short_conv(x, weight))
 
 
-def attention(rows: int, tokens: int, segments: Segments, dtype: torch.dtype) -> None:
-    """Window, ALiBi, shared key heads, a halo, and head dims that are no power of two.
+def attention(
+    heads: int, key_heads: int, dim: int, rows: int, tokens: int, segments: Segments, dtype: torch.dtype
+) -> None:
+    """Window, ALiBi and a halo.
 
-    On a Hopper GPU again by hopper.py, which of itself takes longer rows.
+    On a Hopper GPU again by hopper.py, which takes 16 bits, and of itself longer rows.
     """
-    run = partial(_attention, rows, tokens, segments, dtype)
+    q = draw(rows, tokens, heads, dim, dtype=dtype)
+    k, v = (draw(rows, tokens + 9, key_heads, dim, dtype=dtype) for _ in range(2))
+
+    def run() -> None:
+        for option in ({"window": 33}, {"window": 150}, {"alibi_slopes": torch.rand(heads, device=DEVICE)}, {}):
+            differentiate(kernels.attention(q, k, v, segments, key_offset=-9, implementation=FORCED, **option))
+
     run()
-    if DEVICE == "cuda":
+    if DEVICE == "cuda" and dtype != torch.float32:
         from longscan.kernels.attention import kernel
 
         with patch.object(kernel, "LEAST_TOKENS", 1):
             run()
-
-
-def _attention(rows: int, tokens: int, segments: Segments, dtype: torch.dtype) -> None:
-    for heads, key_heads, dim in ((4, 1, 80), (6, 2, 64), (3, 3, 128), (2, 1, 256)):
-        q = draw(rows, tokens, heads, dim, dtype=dtype)
-        k, v = (draw(rows, tokens + 9, key_heads, dim, dtype=dtype) for _ in range(2))
-        slopes = torch.rand(heads, device=DEVICE)
-        for option in ({"window": 33}, {"window": 150}, {"alibi_slopes": slopes}, {}):
-            differentiate(kernels.attention(q, k, v, segments, key_offset=-9, implementation=FORCED, **option))
 
 
 def linear_attention(rows: int, tokens: int, segments: Segments, dtype: torch.dtype) -> None:
@@ -187,30 +188,39 @@ def rotary(rows: int, tokens: int, segments: Segments, dtype: torch.dtype) -> No
 
 # The kernel itself where auto might take a maintained one.
 FORCED = "triton" if DEVICE == "cuda" else "auto"
-OPS = (
-    attention,
-    cross_entropy,
-    gate_projections,
-    linear_attention,
-    linear_scan,
-    rg_lru,
-    rms_norm,
-    rotary,
-    short_conv,
-    taylor_attention,
-)
-NAMES = tuple(op.__name__ for op in OPS)
+# Shared key heads, and head dims that are no power of two.
+HEADS = ((2, 1, 256), (3, 3, 128), (4, 1, 80), (6, 2, 64))
+# By op, what a process runs: of attention, whose kernels are the most and the longest, heads of one kind.
+OPS: dict[str, list[Run]] = {
+    "attention": [partial(attention, *heads) for heads in HEADS],
+    "cross_entropy": [cross_entropy],
+    "gate_projections": [gate_projections],
+    "linear_attention": [linear_attention],
+    "linear_scan": [linear_scan],
+    "rg_lru": [rg_lru],
+    "rms_norm": [rms_norm],
+    "rotary": [rotary],
+    "short_conv": [short_conv],
+    "taylor_attention": [taylor_attention],
+}
+# An op and what it runs, a packing and a dtype by their numbers.
+Case = tuple[str, int, int, int]
 
 
-def run_op(name: str, packing: int, dtype: int) -> list[str]:
+def cases_of(name: str) -> list[Case]:
+    """All cases of an op."""
+    return list(product([name], range(len(OPS[name])), range(len(PACKED)), range(len(DTYPES))))
+
+
+def run_op(name: str, part: int, packing: int, dtype: int) -> list[str]:
     """Runs one case of an op and returns the names of the kernels launched."""
     torch.manual_seed(0)
-    (op,) = (op for op in OPS if op.__name__ == name)
+    run = OPS[name][part]
     if DEVICE == "cpu":
-        run_case(op, packing, dtype)
+        run_case(run, packing, dtype)
         return []
     with launches() as names:
-        run_case(op, packing, dtype)
+        run_case(run, packing, dtype)
         torch.cuda.synchronize()
     return sorted(set(names))
 
@@ -249,29 +259,30 @@ def compile_kernels(names: list[str]) -> None:
     from longscan.kernels.precompile import prepare, rehearse
 
     def run() -> None:
-        for name, case in product(names, CASES):
-            run_op(name, *case)
+        for name in names:
+            for case in cases_of(name):
+                run_op(*case)
 
     prepare(rehearse(run))
 
 
-def sanitize(name: str, packing: int, dtype: int, tool: str, logs: Path) -> Finding:
+def sanitize(case: Case, tool: str, logs: Path) -> Finding:
     """Runs a case of an op under the tool in a process of its own; its log is left in `logs`."""
-    case = f"{name}-{packing}-{str(DTYPES[dtype]).removeprefix('torch.')}"
-    log, told = logs / f"{tool}-{case}.log", logs / f"{case}.json"
+    name, *numbers = case
+    title = "-".join(map(str, case))
+    log, told = logs / f"{tool}-{title}.log", logs / f"{title}.json"
     command = ["compute-sanitizer", "--tool", tool, "--log-file", str(log), *_padding(tool)]
-    command += [sys.executable, "-m", "benchmarks.sanitize", name, "--case", str(packing), str(dtype)]
-    command += ["--names", str(told)]
+    command += [sys.executable, "-m", "benchmarks.sanitize", name, "--case", *map(str, numbers), "--names", str(told)]
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     try:
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LONGEST_S)
     except subprocess.TimeoutExpired:
-        return Finding(name, set(), Counter(), f"{case} was not done after {LONGEST_S} s")
+        return Finding(name, set(), Counter(), f"{title} was not done after {LONGEST_S} s")
     try:
         return Finding(name, set(json.loads(told.read_text())), errors_in(log.read_text()))
     except (OSError, ValueError) as error:
         said = (done.stderr.strip() or done.stdout.strip() or str(error)).splitlines()[-1]
-        return Finding(name, set(), Counter(), f"{case}: exit {done.returncode}: {said}")
+        return Finding(name, set(), Counter(), f"{title}: exit {done.returncode}: {said}")
 
 
 def _padding(tool: str) -> list[str]:
@@ -294,25 +305,37 @@ def note(finding: Finding, tool: str) -> bool:
     return not finding.errors
 
 
+def note_each(done: Iterable[Future[Finding]], names: Mapping[Future[Finding], str], tool: str) -> bool:
+    """Records each op when the last of its cases is done, and returns whether all are clean."""
+    left, found, clean = Counter(names.values()), {}, True
+    for case in done:
+        name, finding = names[case], case.result()
+        found[name] = found[name] | finding if name in found else finding
+        left[name] -= 1
+        if not left[name]:
+            clean &= note(found[name], tool)
+    return clean
+
+
 def main() -> None:
     """Sanitizes the ops named, or all, or is one such process."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("ops", nargs="*", metavar="op", help=f"of {', '.join(NAMES)}; all where none is named")
+    parser.add_argument("ops", nargs="*", metavar="op", help=f"of {', '.join(OPS)}; all where none is named")
     parser.add_argument("--tool", default="memcheck", choices=("memcheck", "racecheck", "initcheck", "synccheck"))
     parser.add_argument("--logs", type=Path, help="keep the tool's logs here")
-    parser.add_argument("--case", type=int, nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--case", type=int, nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--compile", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--names", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     for name in options.ops:
-        if name not in NAMES:
-            parser.error(f"no op {name!r}, expected some of {', '.join(NAMES)}")
+        if name not in OPS:
+            parser.error(f"no op {name!r}, expected some of {', '.join(OPS)}")
     if options.case:
         options.names.write_text(json.dumps(run_op(*options.ops, *options.case)))
         return
     if DEVICE == "cpu" or shutil.which("compute-sanitizer") is None:
         sys.exit("benchmarks.sanitize needs a CUDA GPU and compute-sanitizer (of the CUDA toolkit) on the path")
-    names = options.ops or list(NAMES)
+    names = options.ops or list(OPS)
     if options.compile:
         compile_kernels(names)
         return
@@ -321,9 +344,9 @@ def main() -> None:
         logs: Any = options.logs or Path(scratch)
         logs.mkdir(parents=True, exist_ok=True)
         run = partial(sanitize, tool=options.tool, logs=logs)
-        cases = {op: [pool.submit(run, op, *case) for case in CASES] for op in names}
-        clean = [note(reduce(or_, (case.result() for case in found)), options.tool) for found in cases.values()]
-    sys.exit(0 if all(clean) else 1)
+        running = {pool.submit(run, case): case[0] for name in names for case in cases_of(name)}
+        clean = note_each(as_completed(running), running, options.tool)
+    sys.exit(0 if clean else 1)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from concurrent.futures import Future
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -68,7 +69,7 @@ def test_a_run_without_kernels_is_not_clean(monkeypatch):
 
 
 def test_every_op_with_a_kernel_has_cases():
-    assert set(sanitize.NAMES) == set(KERNELS)
+    assert set(sanitize.OPS) == set(KERNELS)
 
 
 def test_one_failed_case_fails_the_op():
@@ -76,10 +77,25 @@ def test_one_failed_case_fails_the_op():
     assert not sanitize.note(sanitize.Finding("rg_lru", {"_forward"}, sanitize.Counter()) | failed, "memcheck")
 
 
-@pytest.mark.parametrize("case", sanitize.CASES)
-@pytest.mark.parametrize("name", sanitize.NAMES)
-def test_the_cases_of_an_op_run(name, case):
-    launched = sanitize.run_op(name, *case)
+def test_an_op_is_recorded_when_its_last_case_ends(monkeypatch):
+    put = []
+    monkeypatch.setattr(sanitize, "record", lambda bench, work, *_: put.append(work))
+    names = {Future(): name for name in ("attention", "rotary", "attention")}
+    for case, name in names.items():
+        case.set_result(sanitize.Finding(name, {"_one"}, sanitize.Counter()))
+
+    def done():
+        first, second, third = names
+        for case, count in ((first, 0), (second, 2), (third, 4)):
+            yield case
+            assert len(put) == count
+
+    assert sanitize.note_each(done(), names, "memcheck")
+
+
+@pytest.mark.parametrize("case", [case for name in sanitize.OPS for case in sanitize.cases_of(name)])
+def test_the_cases_of_an_op_run(case):
+    launched = sanitize.run_op(*case)
     assert sanitize.DEVICE == "cpu" or launched
 
 
