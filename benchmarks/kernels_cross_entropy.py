@@ -113,10 +113,10 @@ def _print_parts(hidden: Tensor, weight: Tensor, labels: Tensor, rows: int) -> N
     hidden, labels, flops = hidden[:rows], labels[:rows], 2 * rows * weight.numel()
     logits = torch.empty(rows, weight.shape[0], device="cuda", dtype=torch.bfloat16)
     dhidden, dweight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
-    softmax = partial(kernel.loss_and_gradient_, ignored=-100, z_loss=0.0, smoothing=0.0, cap=0.0)
+    losses = torch.empty(rows, device="cuda")
 
     _print(f"{rows} rows, logits", lambda: torch.mm(hidden, weight.t(), out=logits), flops=flops)
-    _print(f"{rows} rows, softmax", lambda: softmax(logits, labels))
+    _print(f"{rows} rows, softmax", lambda: kernel.loss_and_gradient_(logits, labels, *PLAIN, losses))
     _print(f"{rows} rows, dhidden", lambda: torch.mm(logits, weight, out=dhidden), flops=flops)
     for first in (True, False):
         run = partial(chunks._accumulate, dweight, logits.t(), hidden, first)
@@ -127,6 +127,8 @@ def _print_parts(hidden: Tensor, weight: Tensor, labels: Tensor, rows: int) -> N
     _print("dweight to bf16", lambda: dweight.to(torch.bfloat16))
 
 
+# The label that is ignored, no z-loss, no smoothing, no soft cap.
+PLAIN = (-100, 0.0, 0.0, 0.0)
 # Bytes of rows kept whole, values a thread, rows in hand, warps of a processor; then columns and warps where not.
 SOFTMAX = [
     (65536, 64, 3, 16, 8192, 8),
@@ -151,7 +153,7 @@ def _print_softmax(vocabulary: int, labels: Tensor) -> None:
             for name, size in zip(names, sizes, strict=True):
                 standing.enter_context(_set(kernel, name, size))
             label = ", ".join(f"{n} {s}" for n, s in zip(names, sizes, strict=True))
-            time = time_or_error(lambda: kernel.loss_and_gradient_(logits, labels, -100, 0.0, 0.0, 0.0))
+            time = time_or_error(lambda: kernel.loss_and_gradient_(logits, labels, *PLAIN, highest))
             print(f"loss and gradient, {label}: {time}", flush=True)
             time = time_or_error(lambda: kernel.statistics(logits, labels, 0.0, by))
             print(f"statistics, {label}: {time}", flush=True)

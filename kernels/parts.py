@@ -1,7 +1,7 @@
 """Adds up what programs left of a gradient that they share: partial sums in fp32, a row a program, in one fixed order.
 
-torch.sum over the first dim keeps few threads of a GPU busy: 17 to 25 us for 264 to 528 rows of 2,560 numbers on an
-H100, a tenth of the backward pass that leaves them.
+torch.sum over the first dim keeps few threads of a GPU busy: 264 to 528 rows of 2,560 numbers take it 17 to 25 us on an
+H100, this 7 to 8. Of 64 rows of a million it is as fast.
 """
 
 # The types of jitted functions and of their launches are beyond a type checker.
@@ -18,7 +18,7 @@ from .dispatch import on
 from .sizes import cdiv
 
 # Rows that a program loads at a time, the columns it sums, and its warps.
-TILE = {"PARTS": 128, "BLOCK_D": 16, "num_warps": 4}
+TILE = {"PARTS": 512, "BLOCK_D": 16, "num_warps": 8}
 
 
 @triton.jit

@@ -408,4 +408,4 @@ def weight_gradients(dgate_a: Tensor, dgate_x: Tensor, x: Tensor, weight: Tensor
         _weights[cut.grid(workers, 2)](
             x, dgate_a, dgate_x, dweight, dbias, tokens, workers, **cut.constants(operand(x), 64)
         )
-    return sum_parts(dweight, weight.dtype), sum_parts(dbias, weight.dtype)
+    return dweight.sum(0).to(weight.dtype), sum_parts(dbias, weight.dtype)

@@ -70,7 +70,7 @@ def loss_and_gradients(
     losses = hidden.new_empty(hidden.shape[0], dtype=compute_dtype(hidden))
     dhidden, dweight = torch.empty_like(hidden), _sum_like(weight)
     for rows, logits in _row_chunks(hidden, weight):
-        losses[rows] = softmax.loss_and_gradient_(logits, labels[rows], ignored, z_loss, smoothing, cap)
+        softmax.loss_and_gradient_(logits, labels[rows], ignored, z_loss, smoothing, cap, losses[rows])
         torch.mm(logits, weight, out=dhidden[rows])
         _accumulate(dweight, logits.t(), hidden[rows], first=rows.start == 0)
     return losses, dhidden, dweight

@@ -302,16 +302,14 @@ def scaled(tensor: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def loss_and_gradient_(
-    logits: Tensor, labels: Tensor, ignored: int, z_loss: float, smoothing: float, cap: float
-) -> Tensor:
-    """Losses [n], 0 where the label is `ignored`; overwrites the logits by the gradient of the losses' sum."""
-    losses = _per_row(logits)
+    logits: Tensor, labels: Tensor, ignored: int, z_loss: float, smoothing: float, cap: float, out: Tensor
+) -> None:
+    """Writes losses [n], 0 where the label is `ignored`; overwrites the logits by the gradient of their sum."""
     programs, options = _plan(logits, cap)
     with on(logits):
         _loss_and_gradient[(programs,)](
-            logits, labels, losses, *logits.shape, ignored, z_loss, smoothing, cap, SMOOTHED=smoothing != 0, **options
+            logits, labels, out, *logits.shape, ignored, z_loss, smoothing, cap, SMOOTHED=smoothing != 0, **options
         )
-    return losses
 
 
 def _plan(logits: Tensor, cap: float) -> tuple[int, dict[str, Any]]:
@@ -326,7 +324,3 @@ def _plan(logits: Tensor, cap: float) -> tuple[int, dict[str, Any]]:
     # As a constant, COLUMNS says of most logits that they lie inside the row, which takes no instruction then.
     sizes = {"COLUMNS": columns, "BLOCK": block, "LANES": lanes if columns % lanes == 0 else 1, "STAGES": STAGES}
     return min(rows, processors(logits) * (PROCESSOR_WARPS // warps)), capped | sizes | {"num_warps": warps}
-
-
-def _per_row(logits: Tensor) -> Tensor:
-    return torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)

@@ -39,9 +39,9 @@ def gradient_(logits: Tensor, labels: Tensor, by: Pieces, cap: float, first: int
 
 
 def loss_and_gradient_(
-    logits: Tensor, labels: Tensor, ignored: int, z_loss: float, smoothing: float, cap: float
-) -> Tensor:
-    """Losses [n], 0 where the label is `ignored`; overwrites the logits by the gradient of the losses' sum."""
+    logits: Tensor, labels: Tensor, ignored: int, z_loss: float, smoothing: float, cap: float, out: Tensor
+) -> None:
+    """Writes losses [n], 0 where the label is `ignored`; overwrites the logits by the gradient of their sum."""
     scores = _capped(logits, cap)
     pieces, weights = _statistics(scores, labels)
     highest, total = pieces[:2]
@@ -49,7 +49,7 @@ def loss_and_gradient_(
     by_total = kept * (1 + 2 * z_loss * (highest + total.log())) / total
     by_spread = -kept * smoothing / logits.shape[1] if smoothing else None
     _write_gradient(logits, scores, weights, labels, by_total, kept * (smoothing - 1), by_spread, cap)
-    return loss(pieces, labels, logits.shape[1], ignored, z_loss, smoothing)
+    out.copy_(loss(pieces, labels, logits.shape[1], ignored, z_loss, smoothing))
 
 
 def loss(pieces: Pieces, labels: Tensor, vocabulary: int, ignored: int, z_loss: float, smoothing: float) -> Tensor:
