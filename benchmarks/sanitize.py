@@ -64,6 +64,8 @@ def differentiate(outputs: Tensor | tuple[Tensor, ...]) -> None:
     torch.autograd.backward(tensors, [torch.randn_like(t) for t in tensors])
 
 
+# A whole row, and a piece of one whose state's gradient comes from the right.
+FROM_RIGHT = (None, torch.ones_like)
 Run = Callable[[int, int, Segments, torch.dtype], None]
 
 
@@ -80,7 +82,8 @@ def linear_scan(rows: int, tokens: int, segments: Segments, dtype: torch.dtype) 
         x, state = draw(rows, tokens, width, dtype=dtype), draw(rows, width)
         log_a = torch.rand_like(x).neg().requires_grad_()
         for documents in (segments, None):
-            differentiate(kernels.linear_scan(x, log_a, state, documents))
+            for right in FROM_RIGHT:
+                differentiate(kernels.linear_scan(x, log_a, state, documents, from_right=right))
             differentiate(kernels.linear_scan_summarize(x, log_a, documents))
 
 
@@ -90,7 +93,8 @@ def rg_lru(rows: int, tokens: int, segments: Segments, dtype: torch.dtype) -> No
         gated = [draw(rows, tokens, width, dtype=dtype) for _ in range(3)]
         a_param, state = draw(width), draw(rows, width)
         for documents in (segments, None):
-            differentiate(kernels.rg_lru(*gated, a_param, state, documents))
+            for right in FROM_RIGHT:
+                differentiate(kernels.rg_lru(*gated, a_param, state, documents, from_right=right))
             differentiate(kernels.rg_lru_summarize(*gated, a_param, documents))
 
 
@@ -133,7 +137,8 @@ def linear_attention(rows: int, tokens: int, segments: Segments, dtype: torch.dt
         log_a = None if group else torch.rand(rows, tokens, key_heads, device=DEVICE, dtype=dtype).neg()
         leaves = [t if t is None else t.requires_grad_() for t in (q, k, v, log_a)]
         state = kernels.linear_attention(*leaves, group=group)[1].detach().requires_grad_()
-        differentiate(kernels.linear_attention(*leaves, state, segments, group=group))
+        for right in FROM_RIGHT:
+            differentiate(kernels.linear_attention(*leaves, state, segments, group=group, from_right=right))
         differentiate(kernels.linear_attention_summarize(*leaves[1:], segments, group=group))
         with torch.no_grad():
             token = [t if t is None else t[:, 0] for t in leaves]
@@ -146,7 +151,8 @@ def taylor_attention(rows: int, tokens: int, segments: Segments, dtype: torch.dt
         q, k = (draw(rows, tokens, 3, key_dim, dtype=dtype) for _ in range(2))
         v = draw(rows, tokens, 3, value_dim, dtype=dtype)
         state = kernels.taylor_attention(q, k, v)[1].detach().requires_grad_()
-        differentiate(kernels.taylor_attention(q, k, v, state, segments))
+        for right in FROM_RIGHT:
+            differentiate(kernels.taylor_attention(q, k, v, state, segments, from_right=right))
         differentiate(kernels.taylor_attention_summarize(k, v, segments))
         with torch.no_grad():
             kernels.taylor_attention_step(q[:, 0], k[:, 0], v[:, 0], state)

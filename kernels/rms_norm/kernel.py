@@ -73,7 +73,7 @@ class Tile:
 
 
 FORWARD = Tile(numbers=4096, values=32)
-BACKWARD = Tile(numbers=2048, values=16, stages=3)
+BACKWARD = Tile(numbers=2048, values=16, stages=4, warps=12)
 
 
 @triton.jit
