@@ -22,7 +22,7 @@ OWNERS = {
         "kernels/*/kernel.py",
         "kernels/attention/hopper.py",
         "kernels/linear_scan/chain.py",
-        "kernels/parts.py",
+        "kernels/partials.py",
         "kernels/precompile.py",
     ),
     "liger_kernel": ("models/fused.py",),

@@ -33,7 +33,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dispatch import on
-from ..parts import sum_parts
+from ..partials import sum_partials
 
 # Channels a group where a program does not keep a whole block.
 GROUP = 64
@@ -408,4 +408,4 @@ def weight_gradients(dgate_a: Tensor, dgate_x: Tensor, x: Tensor, weight: Tensor
         _weights[cut.grid(workers, 2)](
             x, dgate_a, dgate_x, dweight, dbias, tokens, workers, **cut.constants(operand(x), 64)
         )
-    return dweight.sum(0).to(weight.dtype), sum_parts(dbias, weight.dtype)
+    return dweight.sum(0).to(weight.dtype), sum_partials(dbias, weight.dtype)

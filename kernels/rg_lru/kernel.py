@@ -32,7 +32,7 @@ from ..linear_scan.chain import (
     steps_of,
     vector,
 )
-from ..parts import TILE, sum_of_parts
+from ..partials import TILE, column_sums
 from ..sizes import cdiv
 from .reference import DECAY_SCALE, SQRT_GUARD
 
@@ -275,7 +275,7 @@ def _sum_rates(p_drate, p_a_param, p_da_param, parts, PARTS: tl.constexpr, WIDTH
     o_d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask = o_d < WIDTH
     b_slope = tl.exp2(tl.load(p_a_param + o_d, mask=mask, other=0.0).to(tl.float32) * -LOG2_E) + 1.0
-    b_da_param = sum_of_parts(p_drate, parts, WIDTH, o_d, mask, PARTS) * (-SCALE / b_slope)
+    b_da_param = column_sums(p_drate, parts, WIDTH, o_d, mask, PARTS) * (-SCALE / b_slope)
     tl.store(p_da_param + o_d, b_da_param.to(p_da_param.dtype.element_ty), mask=mask)
 
 

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dispatch import on, processors
-from ..parts import sum_parts
+from ..partials import sum_partials
 from ..sizes import cdiv, next_power_of_2
 
 # Of a multiprocessor, and the most that a thread can have of them.
@@ -38,7 +38,8 @@ class Tile:
 
     Attributes:
         values: numbers a thread, about.
-        stages: how many tiles a program that stays has in hand, that one and those on their way.
+        stages: how many tiles a program that stays has in hand, that one and those on their way; one more where it has
+            its multiprocessor to itself.
         warps: of programs that stay, a multiprocessor.
     """
 
@@ -68,12 +69,13 @@ class Tile:
         constants = self.constants(width, block)
         programs = max(1, self.warps // constants["num_warps"])
         room = REGISTERS // (32 * constants["num_warps"] * programs)
-        on_their_way = min(self.stages - 1, SHARED // (2 * size * constants["ROWS"] * (block + rest)))
+        ahead = self.stages - (programs > 1)
+        on_their_way = min(ahead, SHARED // (2 * size * constants["ROWS"] * (block + rest)))
         return programs, constants | {"REST": rest, "STAGES": 1 + on_their_way, "maxnreg": min(room, MOST_REGISTERS)}
 
 
 FORWARD = Tile(numbers=4096, values=32)
-BACKWARD = Tile(numbers=2048, values=16, stages=4, warps=12)
+BACKWARD = Tile(numbers=2048, values=16, stages=3, warps=12)
 
 
 @triton.jit
@@ -188,4 +190,4 @@ def backward(dy: Tensor, x: Tensor, scale: Tensor, root: Tensor, trained: bool) 
     parts = torch.empty(programs, width, dtype=torch.float32, device=x.device) if trained else None
     with on(x):
         _backward[(programs,)](dy, x, scale, root, dx, parts, rows, **constants)
-    return dx, scale.new_empty(0) if parts is None else sum_parts(parts, scale.dtype)
+    return dx, scale.new_empty(0) if parts is None else sum_partials(parts, scale.dtype)

@@ -30,7 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dispatch import on
-from ..parts import TILE, sum_of_parts
+from ..partials import TILE, column_sums
 from ..sizes import cdiv, next_power_of_2
 
 # Taps taken at a time: with as many the backward pass makes z again, and a loop runs over those beyond.
@@ -473,7 +473,7 @@ def _sum_parts(
     i_tap = tl.program_id(1)
     o_d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask = o_d < width
-    b = sum_of_parts(p_parts + i_tap * width, parts, (TAPS + 1) * width, o_d, mask, PARTS)
+    b = column_sums(p_parts + i_tap * width, parts, (TAPS + 1) * width, o_d, mask, PARTS)
     tl.store(p_dweight + o_d * TAPS + i_tap, b.to(p_dweight.dtype.element_ty), mask=mask & (i_tap < TAPS))
     if p_dbias is not None:
         tl.store(p_dbias + o_d, b.to(p_dbias.dtype.element_ty), mask=mask & (i_tap == TAPS))

@@ -1,7 +1,7 @@
 """Adds up what programs left of a gradient that they share: partial sums in fp32, a row a program, in one fixed order.
 
-torch.sum over the first dim keeps few threads of a GPU busy: 264 to 528 rows of 2,560 numbers take it 17 to 25 us on an
-H100, this 7 to 8. Of 64 rows of a million it is as fast.
+torch.sum over the first dim keeps few threads of a GPU busy: 264 to 528 rows of 2,560 numbers on an H100 take it 17 to
+25 us, this 7 to 8. Of 64 rows of a million it is as fast.
 """
 
 # The types of jitted functions and of their launches are beyond a type checker.
@@ -22,30 +22,30 @@ TILE = {"PARTS": 512, "BLOCK_D": 16, "num_warps": 8}
 
 
 @triton.jit
-def sum_of_parts(p_parts, parts, stride, o_d, mask, PARTS: tl.constexpr):
-    """The sums of columns o_d over `parts` rows that lie `stride` numbers apart, fp32, where mask holds."""
+def column_sums(p_partials, rows, stride, o_d, mask, PARTS: tl.constexpr):
+    """The sums of columns o_d over rows that lie `stride` numbers apart, fp32, where mask holds."""
     stride = tl.cast(stride, tl.int64)
-    o_part = tl.arange(0, PARTS)[:, None]
-    o = o_part * stride + o_d[None, :]
+    o_row = tl.arange(0, PARTS)[:, None]
+    o = o_row * stride + o_d[None, :]
     b_sum = tl.zeros(o.shape, tl.float32)
-    for begin in tl.range(0, parts, PARTS):
-        b_sum += tl.load(p_parts + o, mask=(o_part < parts - begin) & mask[None, :], other=0.0)
-        p_parts += PARTS * stride
+    for begin in tl.range(0, rows, PARTS):
+        b_sum += tl.load(p_partials + o, mask=(o_row < rows - begin) & mask[None, :], other=0.0)
+        p_partials += PARTS * stride
     return tl.sum(b_sum, 0)
 
 
 @triton.jit
-def _sum(p_parts, p_total, parts, size, PARTS: tl.constexpr, BLOCK_D: tl.constexpr):
+def _sum(p_partials, p_total, rows, size, PARTS: tl.constexpr, BLOCK_D: tl.constexpr):
     o_d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask = o_d < size
-    b_total = sum_of_parts(p_parts, parts, size, o_d, mask, PARTS)
+    b_total = column_sums(p_partials, rows, size, o_d, mask, PARTS)
     tl.store(p_total + o_d, b_total.to(p_total.dtype.element_ty), mask=mask)
 
 
-def sum_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
+def sum_partials(partials: Tensor, dtype: torch.dtype) -> Tensor:
     """The sum over the first dim of contiguous fp32 [P, ...], rounded once, to `dtype`."""
-    total = torch.empty(parts.shape[1:], dtype=dtype, device=parts.device)
+    total = torch.empty(partials.shape[1:], dtype=dtype, device=partials.device)
     size = total.numel()
-    with on(parts):
-        _sum[(cdiv(size, TILE["BLOCK_D"]),)](parts, total, parts.shape[0], size, **TILE)
+    with on(partials):
+        _sum[(cdiv(size, TILE["BLOCK_D"]),)](partials, total, partials.shape[0], size, **TILE)
     return total
