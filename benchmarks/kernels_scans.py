@@ -75,6 +75,7 @@ def rg_lru_work(batch: int, tokens: int, width: int) -> Work:
 
 # rows, steps, block, warps, registers, skip
 SCAN_FORWARD = [(16, 16, 32, 8, None, skip) for skip in (1, 2)] + [(8, 16, 64, 8, None, skip) for skip in (1, 2)]
+SCAN_FORWARD += [(4, 16, 64, 4, None, 1), (4, 16, 64, 4, 96, 1), (8, 8, 64, 8, None, 1), (8, 16, 32, 4, 96, 1)]
 SCAN_BACKWARD = SCAN_FORWARD
 GATED_FORWARD = [(16, 8, 32, 8, 64, 1), (16, 8, 32, 8, 64, 2), (16, 16, 32, 8, 96, 1), (8, 8, 64, 8, 64, 1)]
 GATED_BACKWARD = [(16, 8, 32, 8, 128, skip) for skip in (1, 2)]
