@@ -78,7 +78,8 @@ SCAN_FORWARD = [(16, 16, 32, 8, None, skip) for skip in (1, 2)] + [(8, 16, 64, 8
 SCAN_FORWARD += [(4, 16, 64, 4, None, 1), (4, 16, 64, 4, 96, 1), (8, 8, 64, 8, None, 1), (8, 16, 32, 4, 96, 1)]
 SCAN_BACKWARD = SCAN_FORWARD
 GATED_FORWARD = [(16, 8, 32, 8, 64, 1), (16, 8, 32, 8, 64, 2), (16, 16, 32, 8, 96, 1), (8, 8, 64, 8, 64, 1)]
-GATED_BACKWARD = [(16, 8, 32, 8, 128, skip) for skip in (1, 2)]
+GATED_FORWARD += [(8, 8, 32, 4, 64, 1), (8, 8, 32, 4, 64, 2), (4, 8, 64, 4, 64, 1)]
+GATED_BACKWARD = [(16, 8, 32, 8, 128, 1), (16, 8, 32, 8, 128, 2), (8, 8, 32, 4, 128, 1), (8, 4, 64, 8, 104, 1)]
 
 
 def candidates() -> None:
