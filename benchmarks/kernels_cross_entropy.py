@@ -108,6 +108,10 @@ def _both(call: Callable[..., Tensor], inputs: list[Tensor], labels: Tensor) -> 
     torch.autograd.grad(call(*inputs, labels), inputs)
 
 
+# The label that is ignored, no z-loss, no smoothing, no soft cap.
+PLAIN = (-100, 0.0, 0.0, 0.0)
+
+
 def _print_parts(hidden: Tensor, weight: Tensor, labels: Tensor, rows: int) -> None:
     """The products and the softmax of one chunk, and of a larger one the product for dhidden in two parts."""
     hidden, labels, flops = hidden[:rows], labels[:rows], 2 * rows * weight.numel()
@@ -127,8 +131,6 @@ def _print_parts(hidden: Tensor, weight: Tensor, labels: Tensor, rows: int) -> N
     _print("dweight to bf16", lambda: dweight.to(torch.bfloat16))
 
 
-# The label that is ignored, no z-loss, no smoothing, no soft cap.
-PLAIN = (-100, 0.0, 0.0, 0.0)
 # Bytes of rows kept whole, values a thread, rows in hand, warps of a processor; then columns and warps where not.
 SOFTMAX = [
     (65536, 64, 3, 16, 8192, 8),
@@ -145,15 +147,14 @@ SOFTMAX = [
 
 def _print_softmax(vocabulary: int, labels: Tensor) -> None:
     logits = torch.randn(labels.shape[0], vocabulary, device="cuda", dtype=torch.bfloat16)
-    highest, total, target, spread = torch.rand(4, labels.shape[0], device="cuda")
-    by = (highest, total, target, spread)
+    losses, *by = torch.rand(5, labels.shape[0], device="cuda")
     names = ("WHOLE", "VALUES", "STAGES", "PROCESSOR_WARPS", "BLOCK", "WARPS")
     for sizes in SOFTMAX:
         with contextlib.ExitStack() as standing:
             for name, size in zip(names, sizes, strict=True):
                 standing.enter_context(_set(kernel, name, size))
             label = ", ".join(f"{n} {s}" for n, s in zip(names, sizes, strict=True))
-            time = time_or_error(lambda: kernel.loss_and_gradient_(logits, labels, *PLAIN, highest))
+            time = time_or_error(lambda: kernel.loss_and_gradient_(logits, labels, *PLAIN, losses))
             print(f"loss and gradient, {label}: {time}", flush=True)
             time = time_or_error(lambda: kernel.statistics(logits, labels, 0.0, by))
             print(f"statistics, {label}: {time}", flush=True)

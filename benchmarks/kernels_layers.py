@@ -3,7 +3,7 @@
 Norm and rotation are ours, the gate is Liger's kernel. Peers: the same in plain PyTorch, that under torch.compile, and
 where installed Liger's norm and its rotation, which overwrites its queries. Liger's gates overwrite what they saved in
 the backward pass; their floor counts as if they did not. `--check` prints errors, `--tune` the time of each tile of the
-rotation and the norm.
+rotation, the norm, and the sums of what programs leave of a gradient.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
 
-from longscan.kernels import rotary
+from longscan.kernels import partials, rotary
 from longscan.kernels.rms_norm import kernel as norms
 from longscan.kernels.rotary import kernel, reference
 from longscan.models.mlp import ACTIVATIONS, gated
@@ -161,28 +161,31 @@ def candidates() -> None:
         print(tile, *(f"{heads} heads {dims} dims {ms:.4f} ms" for (heads, dims), ms in zip(cases, times, strict=True)))
     kernel.TILE = chosen
     norm_candidates()
+    sum_candidates()
 
 
 # numbers, values, stages, warps a multiprocessor; the last two concern the backward pass alone.
 FORWARD_NORMS = [(4096, 32), (4096, 16), (2048, 16), (8192, 32), (2048, 8)]
 BACKWARD_NORMS = [
-    (2048, 16, 3, 16),
-    (2048, 16, 2, 20),
-    (2048, 16, 4, 16),
-    (2048, 8, 3, 32),
-    (2048, 8, 2, 32),
-    (2048, 8, 3, 24),
-    (2048, 8, 3, 16),
-    (2048, 16, 2, 16),
     (2048, 16, 3, 12),
+    (2048, 16, 3, 16),
     (2048, 16, 3, 8),
+    (2048, 16, 2, 12),
+    (2048, 16, 4, 12),
+    (2048, 8, 3, 16),
     (2048, 32, 3, 8),
+    (4096, 16, 3, 16),
 ]
+# Numbers a row: of the residual stream, and of a head.
+NORM_WIDTHS = (1024, 2048, 2560, 4096, 5120, 64, 128)
+# Parts a step, columns, warps; then what is summed: parts and their numbers.
+SUMS = [(512, 16, 8), (256, 16, 8), (128, 16, 4), (64, 32, 4), (1024, 8, 8)]
+SUMMED = [(264, 2560), (396, 2560), (2048, 2560), (64, 5120), (256, 5 * 2560), (64, 2 * 16 * 160 * 160)]
 
 
 def norm_candidates() -> None:
-    """Prints the time of each tile of the norm, of a residual stream and of heads' dims."""
-    cases = [_norm_inputs(TOKENS, WIDTH), _norm_inputs(TOKENS * HEADS, 64)]
+    """Prints the time of each tile of the norm at NORM_WIDTHS, of as many numbers."""
+    cases = [_norm_inputs(TOKENS * WIDTH // width, width) for width in NORM_WIDTHS]
     standing = norms.FORWARD, norms.BACKWARD
     for sizes in FORWARD_NORMS:
         norms.FORWARD = norms.Tile(*sizes)
@@ -191,6 +194,18 @@ def norm_candidates() -> None:
         norms.BACKWARD = norms.Tile(*sizes)
         print("backward", norms.BACKWARD, *(time_or_error(partial(norms.backward, *case, True)) for case in cases))
     norms.FORWARD, norms.BACKWARD = standing
+
+
+def sum_candidates() -> None:
+    """Prints the time of each way to add up partial sums, torch.sum's first."""
+    inputs = [torch.randn(*shape, device="cuda") for shape in SUMMED]
+    print("torch.sum", *(time_or_error(partial(torch.sum, each, 0)) for each in inputs))
+    standing = partials.SUM_TILE
+    for sizes in SUMS:
+        partials.SUM_TILE = dict(zip(standing, sizes, strict=True))
+        run = partial(partials.sum_partials, dtype=torch.bfloat16)
+        print("sum_partials", sizes, *(time_or_error(partial(run, each)) for each in inputs))
+    partials.SUM_TILE = standing
 
 
 def _norm_inputs(rows: int, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -18,14 +18,14 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -45,7 +45,6 @@ AT_ONCE = min(16, os.cpu_count() or 1)
 LONGEST_S = 240
 # (rows, lengths of the documents in each); the last one ends inside a tile.
 PACKED = ((2, [[5, 60, 12], [77]]), (1, [[1]]), (1, [[100, 1, 156]]))
-# fp32 first: without tensor cores its kernels are the longest, and the sanitizer rewrites each where it is loaded.
 DTYPES = (torch.float32, torch.bfloat16)
 
 # Where an error of the sanitizer's log lies: `at kernel(...)+0x40`, or in other releases `at 0x40 in kernel(...)`.
@@ -66,14 +65,20 @@ def differentiate(outputs: Tensor | tuple[Tensor, ...]) -> None:
 
 # A whole row, and a piece of one whose state's gradient comes from the right.
 FROM_RIGHT = (None, torch.ones_like)
+
 Run = Callable[[int, int, Segments, torch.dtype], None]
 
 
-def run_case(run: Run, packing: int, dtype: int) -> None:
-    """Calls run(rows, tokens, segments, dtype); half the rows go on with a document."""
-    rows, lengths = PACKED[packing]
-    segments = Segments.from_lengths(lengths, [7 * (row % 2 == 0) for row in range(rows)], DEVICE)
-    run(rows, sum(lengths[0]), segments, DTYPES[dtype])
+class Case(NamedTuple):
+    """What one process runs: of an op, what of OPS[op], PACKED and DTYPES, by their numbers."""
+
+    op: str
+    part: int
+    packing: int
+    dtype: int
+
+    def __str__(self) -> str:
+        return f"{self.op}-{self.part}-{self.packing}-{str(DTYPES[self.dtype]).removeprefix('torch.')}"
 
 
 def linear_scan(rows: int, tokens: int, segments: Segments, dtype: torch.dtype) -> None:
@@ -112,7 +117,7 @@ def attention(
 ) -> None:
     """Window, ALiBi and a halo.
 
-    On a Hopper GPU again by hopper.py, which takes 16 bits, and of itself longer rows.
+    Where hopper.py takes such heads it runs again, by that on a Hopper GPU, which of itself takes longer rows.
     """
     q = draw(rows, tokens, heads, dim, dtype=dtype)
     k, v = (draw(rows, tokens + 9, key_heads, dim, dtype=dtype) for _ in range(2))
@@ -125,8 +130,9 @@ def attention(
     if DEVICE == "cuda" and dtype != torch.float32:
         from longscan.kernels.attention import kernel
 
-        with patch.object(kernel, "LEAST_TOKENS", 1):
-            run()
+        if dim in kernel.HOPPER_DIMS:
+            with patch.object(kernel, "LEAST_TOKENS", 1):
+                run()
 
 
 def linear_attention(rows: int, tokens: int, segments: Segments, dtype: torch.dtype) -> None:
@@ -194,7 +200,7 @@ def rotary(rows: int, tokens: int, segments: Segments, dtype: torch.dtype) -> No
 
 # The kernel itself where auto might take a maintained one.
 FORCED = "triton" if DEVICE == "cuda" else "auto"
-# Shared key heads, and head dims that are no power of two.
+# (heads, key heads, head dim): shared key heads, and a head dim that is no power of two; what takes longest first.
 HEADS = ((2, 1, 256), (3, 3, 128), (4, 1, 80), (6, 2, 64))
 # By op, what a process runs: of attention, whose kernels are the most and the longest, heads of one kind.
 OPS: dict[str, list[Run]] = {
@@ -209,24 +215,25 @@ OPS: dict[str, list[Run]] = {
     "short_conv": [short_conv],
     "taylor_attention": [taylor_attention],
 }
-# An op and what it runs, a packing and a dtype by their numbers.
-Case = tuple[str, int, int, int]
 
 
 def cases_of(name: str) -> list[Case]:
-    """All cases of an op."""
-    return list(product([name], range(len(OPS[name])), range(len(PACKED)), range(len(DTYPES))))
+    """All cases of an op; first those in fp32, whose kernels, without tensor cores, take the sanitizer longest."""
+    numbers = product(range(len(DTYPES)), range(len(OPS[name])), range(len(PACKED)))
+    return [Case(name, part, packing, dtype) for dtype, part, packing in numbers]
 
 
-def run_op(name: str, part: int, packing: int, dtype: int) -> list[str]:
-    """Runs one case of an op and returns the names of the kernels launched."""
+def run_case(case: Case) -> list[str]:
+    """Runs a case, half the rows going on with a document, and returns the names of the kernels launched."""
     torch.manual_seed(0)
-    run = OPS[name][part]
+    rows, lengths = PACKED[case.packing]
+    segments = Segments.from_lengths(lengths, [7 * (row % 2 == 0) for row in range(rows)], DEVICE)
+    run = partial(OPS[case.op][case.part], rows, sum(lengths[0]), segments, DTYPES[case.dtype])
     if DEVICE == "cpu":
-        run_case(run, packing, dtype)
+        run()
         return []
     with launches() as names:
-        run_case(run, packing, dtype)
+        run()
         torch.cuda.synchronize()
     return sorted(set(names))
 
@@ -267,28 +274,29 @@ def compile_kernels(names: list[str]) -> None:
     def run() -> None:
         for name in names:
             for case in cases_of(name):
-                run_op(*case)
+                run_case(case)
 
     prepare(rehearse(run))
 
 
 def sanitize(case: Case, tool: str, logs: Path) -> Finding:
-    """Runs a case of an op under the tool in a process of its own; its log is left in `logs`."""
+    """Runs a case under the tool in a process of its own; its log is left in `logs`."""
     name, *numbers = case
-    title = "-".join(map(str, case))
-    log, told = logs / f"{tool}-{title}.log", logs / f"{title}.json"
+    log, told = logs / f"{tool}-{case}.log", logs / f"{case}.json"
+    for of_an_earlier_run in (log, told):
+        of_an_earlier_run.unlink(missing_ok=True)
     command = ["compute-sanitizer", "--tool", tool, "--log-file", str(log), *_padding(tool)]
     command += [sys.executable, "-m", "benchmarks.sanitize", name, "--case", *map(str, numbers), "--names", str(told)]
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     try:
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LONGEST_S)
     except subprocess.TimeoutExpired:
-        return Finding(name, set(), Counter(), f"{title} was not done after {LONGEST_S} s")
+        return Finding(name, set(), Counter(), f"{case} was not done after {LONGEST_S} s")
     try:
         return Finding(name, set(json.loads(told.read_text())), errors_in(log.read_text()))
     except (OSError, ValueError) as error:
         said = (done.stderr.strip() or done.stdout.strip() or str(error)).splitlines()[-1]
-        return Finding(name, set(), Counter(), f"{title}: exit {done.returncode}: {said}")
+        return Finding(name, set(), Counter(), f"{case}: exit {done.returncode}: {said}")
 
 
 def _padding(tool: str) -> list[str]:
@@ -311,15 +319,17 @@ def note(finding: Finding, tool: str) -> bool:
     return not finding.errors
 
 
-def note_each(done: Iterable[Future[Finding]], names: Mapping[Future[Finding], str], tool: str) -> bool:
-    """Records each op when the last of its cases is done, and returns whether all are clean."""
-    left, found, clean = Counter(names.values()), {}, True
-    for case in done:
-        name, finding = names[case], case.result()
-        found[name] = found[name] | finding if name in found else finding
+def note_each(findings: Iterable[Finding], tool: str) -> bool:
+    """Records each op when the last of its cases has been found out, and returns whether all are clean."""
+    whole: dict[str, Finding] = {}
+    left = {name: len(cases_of(name)) for name in OPS}
+    clean = True
+    for finding in findings:
+        name = finding.op
+        whole[name] = whole[name] | finding if name in whole else finding
         left[name] -= 1
         if not left[name]:
-            clean &= note(found[name], tool)
+            clean &= note(whole[name], tool)
     return clean
 
 
@@ -337,11 +347,11 @@ def main() -> None:
         if name not in OPS:
             parser.error(f"no op {name!r}, expected some of {', '.join(OPS)}")
     if options.case:
-        options.names.write_text(json.dumps(run_op(*options.ops, *options.case)))
+        options.names.write_text(json.dumps(run_case(Case(*options.ops, *options.case))))
         return
     if DEVICE == "cpu" or shutil.which("compute-sanitizer") is None:
         sys.exit("benchmarks.sanitize needs a CUDA GPU and compute-sanitizer (of the CUDA toolkit) on the path")
-    names = options.ops or list(OPS)
+    names = list(dict.fromkeys(options.ops or OPS))
     if options.compile:
         compile_kernels(names)
         return
@@ -350,8 +360,8 @@ def main() -> None:
         logs: Any = options.logs or Path(scratch)
         logs.mkdir(parents=True, exist_ok=True)
         run = partial(sanitize, tool=options.tool, logs=logs)
-        running = {pool.submit(run, case): case[0] for name in names for case in cases_of(name)}
-        clean = note_each(as_completed(running), running, options.tool)
+        jobs = [pool.submit(run, case) for name in names for case in cases_of(name)]
+        clean = note_each((job.result() for job in as_completed(jobs)), options.tool)
     sys.exit(0 if clean else 1)
 
 

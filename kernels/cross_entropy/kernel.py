@@ -304,7 +304,7 @@ def scaled(tensor: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 def loss_and_gradient_(
     logits: Tensor, labels: Tensor, ignored: int, z_loss: float, smoothing: float, cap: float, out: Tensor
 ) -> None:
-    """Writes losses [n], 0 where the label is `ignored`; overwrites the logits by the gradient of their sum."""
+    """Writes losses to `out` [n], 0 where the label is `ignored`, over the logits the gradient of the losses' sum."""
     programs, options = _plan(logits, cap)
     with on(logits):
         _loss_and_gradient[(programs,)](

@@ -41,7 +41,7 @@ def gradient_(logits: Tensor, labels: Tensor, by: Pieces, cap: float, first: int
 def loss_and_gradient_(
     logits: Tensor, labels: Tensor, ignored: int, z_loss: float, smoothing: float, cap: float, out: Tensor
 ) -> None:
-    """Writes losses [n], 0 where the label is `ignored`; overwrites the logits by the gradient of their sum."""
+    """Writes losses to `out` [n], 0 where the label is `ignored`, over the logits the gradient of the losses' sum."""
     scores = _capped(logits, cap)
     pieces, weights = _statistics(scores, labels)
     highest, total = pieces[:2]

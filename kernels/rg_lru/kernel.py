@@ -32,7 +32,7 @@ from ..linear_scan.chain import (
     steps_of,
     vector,
 )
-from ..partials import TILE, column_sums
+from ..partials import SUM_TILE, column_sums
 from ..sizes import cdiv
 from .reference import DECAY_SCALE, SQRT_GUARD
 
@@ -330,7 +330,7 @@ def backward(
     inputs = (dh, dfinal, extra, x, gate_a, gate_x, a_param, resets, h, initial)
     launch(_backward, BACKWARD, x, *inputs, dx, dgate_a, dgate_x, drate, dinitial)
     with on(x):
-        _sum_rates[(cdiv(x.shape[2], TILE["BLOCK_D"]),)](
-            drate, a_param, da_param, drate.shape[0], WIDTH=x.shape[2], **TILE
+        _sum_rates[(cdiv(x.shape[2], SUM_TILE["BLOCK_D"]),)](
+            drate, a_param, da_param, drate.shape[0], WIDTH=x.shape[2], **SUM_TILE
         )
     return dx, dgate_a, dgate_x, da_param, dinitial

@@ -38,9 +38,9 @@ class Tile:
 
     Attributes:
         values: numbers a thread, about.
-        stages: how many tiles a program that stays has in hand, that one and those on their way; one more where it has
-            its multiprocessor to itself.
-        warps: of programs that stay, a multiprocessor.
+        stages: how many tiles a program that stays has in hand, as far as shared memory goes: that one and those on
+            their way, one more where it has its multiprocessor to itself.
+        warps: of programs that stay, a multiprocessor, where one program has no more itself.
     """
 
     numbers: int
@@ -75,6 +75,7 @@ class Tile:
 
 
 FORWARD = Tile(numbers=4096, values=32)
+# 16 warps take rows of 2,560 1.02 times as long, 8 warps heads of 128 1.12 times.
 BACKWARD = Tile(numbers=2048, values=16, stages=3, warps=12)
 
 

@@ -30,7 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dispatch import on
-from ..partials import TILE, column_sums
+from ..partials import SUM_TILE, column_sums
 from ..sizes import cdiv, next_power_of_2
 
 # Taps taken at a time: with as many the backward pass makes z again, and a loop runs over those beyond.
@@ -525,8 +525,8 @@ def backward(
         _backward[(batch * chunks * cdiv(width, tile.columns(width)),)](
             dy, x, weight, bias, tail, positions, *outputs, *sizes, ACTIVATION=activation, **tile.constants(width, taps)
         )
-        _sum_parts[(cdiv(width, TILE["BLOCK_D"]), taps + (bias is not None))](
-            parts, dweight, None if bias is None else dbias, batch * chunks, width, taps, **TILE
+        _sum_parts[(cdiv(width, SUM_TILE["BLOCK_D"]), taps + (bias is not None))](
+            parts, dweight, None if bias is None else dbias, batch * chunks, width, taps, **SUM_TILE
         )
     if filters < width:
         dweight = dweight.view(filters, -1, taps).sum(1).to(weight.dtype)

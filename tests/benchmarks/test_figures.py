@@ -21,9 +21,12 @@ def test_a_work_is_part_of_a_series(work, name, tokens):
     assert series(work) == (name, tokens)
 
 
-def test_a_rate_is_no_series():
-    assert series("matmul 8192^3 bf16") is None
-    assert series("rotary (32768, 16, 128), 64 dims rotated, bf16") is None
+@pytest.mark.parametrize("work", ["matmul 8192^3 bf16", "rotary (32768, 16, 128), 64 dims rotated, bf16"])
+def test_a_rate_and_a_shape_without_batch_are_no_series(work):
+    assert series(work) is None
+
+
+def test_an_op_is_the_first_word():
     assert op_of("gates + rg_lru (1, 2, 16x160)") == "gates"
 
 

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from concurrent.futures import Future
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -73,29 +72,45 @@ def test_every_op_with_a_kernel_has_cases():
 
 
 def test_one_failed_case_fails_the_op():
-    failed = sanitize.Finding("rg_lru", set(), sanitize.Counter(), "rg_lru-0-float32 was not done")
+    failed = sanitize.Finding("rg_lru", set(), sanitize.Counter(), "rg_lru-0-0-float32 was not done")
     assert not sanitize.note(sanitize.Finding("rg_lru", {"_forward"}, sanitize.Counter()) | failed, "memcheck")
 
 
-def test_an_op_is_recorded_when_its_last_case_ends(monkeypatch):
+@pytest.mark.parametrize("errors", [{}, {"_kernel_0": 3}])
+def test_an_op_is_recorded_when_its_last_case_ends(errors, monkeypatch):
     put = []
-    monkeypatch.setattr(sanitize, "record", lambda bench, work, *_: put.append(work))
-    names = {Future(): name for name in ("attention", "rotary", "attention")}
-    for case, name in names.items():
-        case.set_result(sanitize.Finding(name, {"_one"}, sanitize.Counter()))
+    monkeypatch.setattr(sanitize, "record", lambda bench, work, impl, metric, value, *_: put.append((work, value)))
+    cases = range(len(sanitize.cases_of("rotary")))
 
-    def done():
-        first, second, third = names
-        for case, count in ((first, 0), (second, 2), (third, 4)):
-            yield case
-            assert len(put) == count
+    def found():
+        for case in cases:
+            assert put == []
+            counted = sanitize.Counter({} if case else errors)
+            yield sanitize.Finding("rotary", {f"_kernel_{case}"}, counted)
+        assert put == [
+            *((f"rotary: _kernel_{case}", 0 if case else sum(errors.values())) for case in cases),
+            ("rotary: all other kernels and calls", 0),
+        ]
+        put.clear()
+        yield from (sanitize.Finding("rg_lru", {"_forward"}, sanitize.Counter()) for _ in sanitize.cases_of("rg_lru"))
 
-    assert sanitize.note_each(done(), names, "memcheck")
+    assert sanitize.note_each(found(), "memcheck") is not bool(errors)
+    assert len(put) == 2
 
 
-@pytest.mark.parametrize("case", [case for name in sanitize.OPS for case in sanitize.cases_of(name)])
+def test_what_an_earlier_run_left_is_no_finding(tmp_path, monkeypatch):
+    case = sanitize.Case("rotary", 0, 1, 0)
+    (tmp_path / f"{case}.json").write_text('["_rotate"]')
+    (tmp_path / f"racecheck-{case}.log").write_text("========= RACECHECK SUMMARY: 0 hazards displayed\n")
+    died = SimpleNamespace(returncode=1, stdout="", stderr="ImportError: no torch")
+    monkeypatch.setattr(sanitize.subprocess, "run", lambda *_, **__: died)
+    finding = sanitize.sanitize(case, "racecheck", tmp_path)
+    assert finding.failure == f"{case}: exit 1: ImportError: no torch"
+
+
+@pytest.mark.parametrize("case", [case for name in sanitize.OPS for case in sanitize.cases_of(name)], ids=str)
 def test_the_cases_of_an_op_run(case):
-    launched = sanitize.run_op(*case)
+    launched = sanitize.run_case(case)
     assert sanitize.DEVICE == "cpu" or launched
 
 

@@ -14,6 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from longscan.kernels.linear_scan import kernel as scan
 from longscan.kernels.linear_scan.chain import Tile
+from longscan.kernels.partials import SUM_TILE
 from longscan.kernels.rg_lru import kernel as gated
 from sass import loops
 
@@ -71,8 +72,9 @@ for module in (scan, gated):
     for tile in {*module.SUMMARY, Tile(rows=8, steps=16, block=64, warps=8, skip=2)}:
         print("adjoint", build(module._adjoint, set(), **sizes(tile)))
         print("summary", build(module._forward, {"p_h", "p_initial", "p_final"}, **sizes(tile)))
+SUM = {name: size for name, size in SUM_TILE.items() if name.isupper()}
 for ones in ({}, {"parts"}):
-    build(gated._sum_rates, set(), ones=ones, warps=4, PARTS=128, BLOCK_D=16, WIDTH=2560)
+    build(gated._sum_rates, set(), ones=ones, WIDTH=2560, warps=SUM_TILE["num_warps"], **SUM)
 """
 
 

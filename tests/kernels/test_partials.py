@@ -8,7 +8,7 @@ pytest.importorskip("triton")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("shape", [(1, 5), (2, 16), (127, 1), (129, 37), (300, 2, 7, 3), (1056, 48)])
+@pytest.mark.parametrize("shape", [(1, 5), (2, 16), (512, 1), (513, 37), (300, 2, 7, 3), (1056, 48)])
 def test_sum_partials(shape, dtype, device):
     from longscan.kernels.partials import sum_partials
 
@@ -16,8 +16,9 @@ def test_sum_partials(shape, dtype, device):
     total = sum_partials(partials, dtype)
     assert (total.shape, total.dtype) == (shape[1:], dtype)
     exact, size = partials.double().sum(0), partials.double().abs().sum(0)
-    bound = torch.finfo(dtype).eps * exact.abs() + torch.finfo(torch.float32).eps * size
-    assert ((total - exact).abs() <= bound).all()
+    # Triton's interpreter cuts bf16 off where a GPU rounds.
+    rounding = torch.finfo(dtype).eps / (2 if device == "cuda" else 1)
+    assert ((total - exact).abs() <= rounding * exact.abs() + torch.finfo(torch.float32).eps * size).all()
     assert torch.equal(total, sum_partials(partials, dtype))
 
 
@@ -26,11 +27,14 @@ from sass import compiled, spilled
 from longscan.kernels import partials
 
 kinds = {"p_partials": "*fp32", "p_total": "*bf16"}
-for ones in ({}, {"rows": 1}, {"size": 1}):
-    built = compiled(partials._sum, partials.TILE | ones, lambda name: kinds.get(name, "i32"))
-    print(spilled(built.asm["cubin"]))
+sizes = dict(partials.SUM_TILE)
+warps = sizes.pop("num_warps")
+for ones, even in (({}, ()), ({}, ("size",)), ({"parts": 1}, ()), ({"size": 1}, ())):
+    kind = lambda name: kinds.get(name, "i32")
+    built = compiled(partials._sum_partials, sizes | ones, kind, even, num_warps=warps)
+    print(built.metadata.num_warps, spilled(built.asm["cubin"]))
 """
 
 
 def test_kernel_compiles_for_sm_90(tmp_path):
-    assert printed(SCRIPT, tmp_path) == ["0"] * 3
+    assert printed(SCRIPT, tmp_path) == ["8 0"] * 4

@@ -48,7 +48,8 @@ print(build(kernel._forward, {"p_dy"}, **sizes(small, 10, "gelu")))
 build(kernel._backward, {"p_dy"}, **sizes(kernel.BACKWARD[0], 4))
 build(kernel._backward, OPTIONAL, **sizes(small, 3, "silu"))
 build(kernel._backward, OPTIONAL, group=2560, **sizes(small, 10))
-build(kernel._sum_parts, {"p_bias"}, TAPS=4, PARTS=64, BLOCK_D=32, parts=1, p_dbias=None)
+tile = dict(kernel.SUM_TILE)
+build(kernel._sum_parts, {"p_bias"}, warps=tile.pop("num_warps"), TAPS=4, parts=1, p_dbias=None, **tile)
 """
 
 
