@@ -28,12 +28,12 @@ COLOURS = {
     "fla-core": "#d55e00",
     "FlexAttention": "#009e73",
     "SDPA": "#cc79a7",
-    "accelerated-scan": "#b87900",
+    "accelerated-scan": "#e69f00",
     "Liger": "#56b4e9",
 }
 OTHER = "#555555"
 STYLES = ("-", (0, (5, 1.5)), (0, (1, 1)))
-MARKERS = ("o", "s", "^")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 # The least distance of two labels, as a share of an axis.
 LABEL_GAP = 0.072
 PASSES = (("forward", "forward"), ("both", "forward + backward"))
@@ -165,8 +165,9 @@ def _figure(milliseconds: float) -> str:
 
 
 def _overview(timings: Sequence[Timing]) -> Figure:
-    """A line a work: how many times the floor each implementation takes, forward and backward."""
-    works = list(dict.fromkeys(timing.work for timing in timings))
+    """A line a work, op by op: how many times the floor each implementation takes, forward and backward."""
+    ops = list(dict.fromkeys(op_of(timing.work) for timing in timings))
+    works = sorted(dict.fromkeys(timing.work for timing in timings), key=lambda work: ops.index(op_of(work)))
     figure = Figure(figsize=(9.6, 1.1 + 0.31 * len(works)), dpi=110, layout="constrained")
     axis = figure.add_subplot()
     axis.set_xscale("log")
@@ -189,8 +190,8 @@ def _overview(timings: Sequence[Timing]) -> Figure:
 
 
 def _save(figure: Figure, file: Path) -> None:
-    """Writes the picture with 64 colours, a third of its size with all."""
+    """Writes the picture with 256 colours, a third of its size with all; an octree keeps those that few points have."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     picture = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
-    picture.quantize(64, dither=Image.Dither.NONE).save(file, optimize=True)
+    picture.quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(file, optimize=True)
