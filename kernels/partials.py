@@ -17,8 +17,9 @@ from torch import Tensor
 from .dispatch import on
 from .sizes import cdiv
 
-# Parts that a program loads at a time, the columns it sums, and its warps.
+# Parts that a program loads at a time, the columns it sums, and its warps: of many parts, and of few.
 SUM_TILE = {"PARTS": 512, "BLOCK_D": 16, "num_warps": 8}
+FEW, FEW_TILE = 16, {"PARTS": 16, "BLOCK_D": 256, "num_warps": 4}
 
 
 @triton.jit
@@ -45,7 +46,8 @@ def _sum_partials(p_partials, p_total, parts, size, PARTS: tl.constexpr, BLOCK_D
 def sum_partials(partials: Tensor, dtype: torch.dtype) -> Tensor:
     """The sum over the first dim of contiguous fp32 [P, ...], rounded once, to `dtype`."""
     total = torch.empty(partials.shape[1:], dtype=dtype, device=partials.device)
-    size = total.numel()
+    parts, size = partials.shape[0], total.numel()
+    tile = FEW_TILE if parts <= FEW else SUM_TILE
     with on(partials):
-        _sum_partials[(cdiv(size, SUM_TILE["BLOCK_D"]),)](partials, total, partials.shape[0], size, **SUM_TILE)
+        _sum_partials[(cdiv(size, tile["BLOCK_D"]),)](partials, total, parts, size, **tile)
     return total

@@ -3,7 +3,8 @@
 The queries of a key head are laid out as rows: with G = H / Hkv query heads to a key head, row r is head r % G of
 token r // G. A block of rows then holds all heads of a few tokens, so a key block is loaded once for the whole group,
 a block is hardly wider than its window, and dk and dv sum over the group's heads inside one program. Any G fits
-without padding.
+without padding. Where that leaves too few programs for dk and dv, several share the rows of a key block and their fp32
+parts are added.
 
 A block meets only keys that one of its rows may keep, and masks only the edge blocks among them: the blocks that
 every row keeps whole go through a loop of their own. Under ALiBi, `_reach` bounds the distance at which a weight can
@@ -30,7 +31,8 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
-from ..dispatch import log_choice, on
+from ..dispatch import log_choice, on, processors
+from ..partials import sum_partials
 from ..sizes import cdiv, next_power_of_2
 from . import scoring as rules
 from .scoring import Scoring, statistics_shape
@@ -58,6 +60,10 @@ NARROW = 128
 HOPPER_DIMS, LEAST_TOKENS = (64, 128, 256), 2048
 # The releases of Triton whose Gluon, which may change, it was compiled with.
 GLUON_RELEASES = ("3.6", "3.7")
+# Programs that share the rows of a key block at the most, and the blocks of rows that each must have to be worth it.
+MOST_PARTS, LEAST_BLOCKS = 8, 32
+# What a part of dk and dv costs, to write and to add, as a share of a whole walk over the rows of a key block.
+PART_COST = 0.05
 # Elements of a block whose norms are compared: 64 a thread, in loads that all begin at once.
 NORMS_BLOCK = 16384
 
@@ -572,15 +578,17 @@ def _gather(
 
 
 @triton.jit
-def _turn(inner, inner_end, window, GROUPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def _turn(
+    inner, inner_end, window, GROUPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr
+):
     """Rows past the first inner one at which a walk over them begins, to go round; a multiple of BLOCK_M.
 
     Neighbouring key blocks share most of their rows and programs run in step. Began each at its own first row, all
     would have read more than L2 holds before a row came round again: at a window of 2,048 and 16 heads of 128 on an
-    H100, 4.5 GB from DRAM, 64% of what it can. So they begin at multiples of a period, the inner rows of a whole span,
-    and read the same rows at the same time.
+    H100, 4.5 GB from DRAM, 64% of what it can. So they begin at multiples of a period, the inner rows of a whole span
+    or of its part, and read the same rows at the same time.
     """
-    period = tl.maximum((window - BLOCK_N + 1) * GROUPS // BLOCK_M * BLOCK_M, BLOCK_M)
+    period = tl.maximum((window - BLOCK_N + 1) * GROUPS // (PARTS * BLOCK_M) * BLOCK_M, BLOCK_M)
     turn = (period - inner % period) // BLOCK_M * BLOCK_M
     return tl.where(turn < inner_end - inner, turn, 0)
 
@@ -615,8 +623,11 @@ def _backward_keys(
     PRECISION: tl.constexpr,
     INNER: tl.constexpr,
     TURN: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
     """dk and dv of a block of keys, over all rows that keep one of them; one alone where the other's pointer is None.
+
+    In PARTS parts [PARTS, B, T_k, Hkv, K], a program each, of an equal number of blocks of rows.
 
     The key at position p is kept by queries max(p, 0) to min(until, p + window) - 1; `until` [B, T_k] is where the
     documents end that see it. TURN for a window smaller than the rows: without one the spans of key blocks differ, and
@@ -625,7 +636,12 @@ def _backward_keys(
     KEY_HEADS: tl.constexpr = HEADS // GROUPS
     DK: tl.constexpr = p_dk is not None
     DV: tl.constexpr = p_dv is not None
-    i_key = tl.program_id(0) * BLOCK_N
+    i_block = tl.program_id(0)
+    if PARTS > 1:
+        blocks = tl.cdiv(keys, BLOCK_N)
+        i_part = i_block // blocks
+        i_block -= i_part * blocks
+    i_key = i_block * BLOCK_N
     i_batch = tl.program_id(2).to(tl.int64)
     i_last = tl.minimum(i_key + BLOCK_N, keys) - 1
     o_block = tl.arange(0, BLOCK_N)
@@ -643,9 +659,13 @@ def _backward_keys(
     stop = tl.minimum(stop, tokens)
     start = tl.minimum(tl.maximum(i_key + offset, 0), stop)
     # Even rows at which blocks begin let the statistics be loaded by pairs.
-    i_first = start * GROUPS // 16 * 16
+    i_first, i_stop = start * GROUPS // 16 * 16, stop * GROUPS
+    if PARTS > 1:
+        share = tl.cdiv(i_stop - i_first, PARTS * BLOCK_M) * BLOCK_M
+        i_first += i_part * share
+        i_stop = tl.maximum(tl.minimum(i_stop, i_first + share), i_first)
     left, inner, inner_end, edges = _cut(
-        i_first, stop * GROUPS, tl.maximum(i_last + offset, 0) * GROUPS, end * GROUPS, BLOCK_M, INNER
+        i_first, i_stop, tl.maximum(i_last + offset, 0) * GROUPS, end * GROUPS, BLOCK_M, INNER
     )
     base = (i_batch * keys + i_key) * KEY_HEADS + tl.program_id(1)
     o_place = o_block * KEY_HEADS
@@ -660,7 +680,7 @@ def _backward_keys(
             factor, HEADS, GROUPS, KEY_DIM, VALUE_DIM, BLOCK_K, BLOCK_V, BLOCK_M, BLOCK_N, PRECISION, DK, DV, True
         )  # fmt: skip
     if INNER:
-        turn = _turn(inner, inner_end, window, GROUPS, BLOCK_M, BLOCK_N) if TURN else 0
+        turn = _turn(inner, inner_end, window, GROUPS, BLOCK_M, BLOCK_N, PARTS) if TURN else 0
         for i in range(inner + turn, inner_end + turn, BLOCK_M):
             i_row = tl.where(i < inner_end, i, i - (inner_end - inner)) if TURN else i
             b_dk, b_dv = _gather(
@@ -668,6 +688,8 @@ def _backward_keys(
                 tokens, factor, HEADS, GROUPS, KEY_DIM, VALUE_DIM, BLOCK_K, BLOCK_V, BLOCK_M, BLOCK_N, PRECISION, DK,
                 DV, False
             )  # fmt: skip
+    if PARTS > 1:
+        base += tl.num_programs(2).to(tl.int64) * i_part * keys * KEY_HEADS
     if DK:
         _store(p_dk, base, o_place, m_key, b_dk * scale, KEY_DIM, BLOCK_K)
     if DV:
@@ -738,13 +760,36 @@ def backward_keys(
     dy: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, norms: Tensor | None, scoring: Scoring
 ) -> tuple[Tensor, Tensor]:
     """(dk, dv) of contiguous inputs: in one pass, or for heads wider than MOST_SHARED in one each."""
-    dk, dv = torch.empty_like(k), torch.empty_like(v)
     tensors = (dy, q, k, v, lse, delta, _until(k, scoring), scoring.slopes, norms)
+    turn = scoring.window is not None and scoring.window < q.shape[1]
+
     both = max(q.shape[3], v.shape[3]) <= MOST_SHARED
+    parts = _parts("dkv" if both else "dk", q, k, v, scoring)
+    if parts > 1:
+        dk, dv = (t.new_empty((parts, *t.shape), dtype=torch.float32) for t in (k, v))
+    else:
+        dk, dv = torch.empty_like(k), torch.empty_like(v)
     for work, pair in {"dkv": (dk, dv)}.items() if both else {"dv": (None, dv), "dk": (dk, None)}.items():
-        turn = scoring.window is not None and scoring.window < q.shape[1]
-        _launch(work, _backward_keys, (*tensors, *pair), q, k, v, scoring, scoring.scale, TURN=turn)
-    return dk, dv
+        launched = (*tensors, *pair)
+        _launch(work, _backward_keys, launched, q, k, v, scoring, scoring.scale, TURN=turn, PARTS=parts)
+    return (sum_partials(dk, k.dtype), sum_partials(dv, v.dtype)) if parts > 1 else (dk, dv)
+
+
+def _parts(work: str, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> int:
+    """How many programs share the rows of a key block: so many that a GPU is done soonest, a part's cost counted."""
+    tile = _tile(work, q, k, v, scoring)
+    programs = cdiv(k.shape[1], tile.keys) * k.shape[2] * k.shape[0]
+    # A program of 8 warps has a multiprocessor to itself.
+    at_once = processors(q) * max(1, 8 // tile.warps)
+    rows = min(q.shape[1], scoring.most_keys(q.shape[1]) + tile.keys) * (q.shape[2] // k.shape[2])
+    most = min(MOST_PARTS, rows // (LEAST_BLOCKS * tile.rows))
+
+    def walks(parts: int) -> float:
+        """The time, as a multiple of a walk over a key block's rows."""
+        cost = PART_COST * parts * programs / at_once if parts > 1 else 0
+        return cdiv(parts * programs, at_once) / parts + cost
+
+    return min((parts for parts in (1, 2, 4, 8) if parts <= max(1, most)), key=walks)
 
 
 def _launch(
@@ -758,14 +803,13 @@ def _launch(
     *last,
     **constants,
 ) -> None:
-    """Runs a pass: a program for each block of its rows ("forward", "dq") or keys, key head and batch row."""
-    block_k, block_v = (max(16, next_power_of_2(t.shape[3])) for t in (q, v))
+    """Runs a pass: programs for each block of its rows ("forward", "dq") or keys, key head and batch row."""
     batch, tokens, heads, _ = q.shape
     groups = heads // k.shape[2]
     window = scoring.most_keys(tokens)
-    tile = tile_of(work, q.dtype, max(block_k, block_v), groups, window)
+    tile = _tile(work, q, k, v, scoring)
     by_rows = work in ("forward", "dq")
-    blocks = cdiv(tokens * groups, tile.rows) if by_rows else cdiv(k.shape[1], tile.keys)
+    blocks = cdiv(tokens * groups, tile.rows) if by_rows else cdiv(k.shape[1], tile.keys) * constants["PARTS"]
     kernel[blocks, k.shape[2], batch](
         *tensors,
         tokens,
@@ -778,8 +822,8 @@ def _launch(
         GROUPS=groups,
         KEY_DIM=q.shape[3],
         VALUE_DIM=v.shape[3],
-        BLOCK_K=block_k,
-        BLOCK_V=block_v,
+        BLOCK_K=_padded(q),
+        BLOCK_V=_padded(v),
         BLOCK_M=tile.rows,
         BLOCK_N=tile.keys,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
@@ -788,6 +832,16 @@ def _launch(
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
+
+
+def _tile(work: str, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tile:
+    groups, window = q.shape[2] // k.shape[2], scoring.most_keys(q.shape[1])
+    return tile_of(work, q.dtype, max(_padded(q), _padded(v)), groups, window)
+
+
+def _padded(tensor: Tensor) -> int:
+    """The head dim in blocks."""
+    return max(16, next_power_of_2(tensor.shape[3]))
 
 
 def largest_norms(q: Tensor, k: Tensor, scoring: Scoring) -> Tensor | None:

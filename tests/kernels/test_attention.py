@@ -150,6 +150,42 @@ def test_kernel_within_bar(case, device, random_segments):
     kernel_against_bar(case, device, random_segments)
 
 
+@pytest.mark.parametrize("parts", [2, 8])
+@pytest.mark.parametrize("case", [case for case in KERNEL_CASES if case[1] > 64], ids=str)
+def test_programs_that_share_a_key_block_add_up(case, parts, device, random_segments, monkeypatch):
+    from longscan.kernels.attention import kernel
+
+    monkeypatch.setattr(kernel, "_parts", lambda *_: parts)
+    kernel_against_bar(case, device, random_segments)
+
+
+# (batch, tokens, heads, key heads, head dim, window) on 132 processors, and how many programs share a key block.
+@pytest.mark.parametrize(
+    ("case", "expected"),
+    [
+        ((1, 32768, 16, 1, 128, 2048), 1),
+        ((1, 16384, 16, 1, 128, 2048), 1),
+        ((1, 12288, 16, 1, 128, 2048), 4),
+        ((1, 8192, 16, 1, 128, 2048), 2),
+        ((1, 2048, 16, 1, 128, 2048), 8),
+        ((1, 8192, 10, 1, 256, 1024), 2),
+        ((8, 2048, 10, 1, 256, 1024), 1),
+        ((1, 8192, 16, 16, 128, None), 1),
+        ((1, 8192, 16, 1, 64, 64), 1),
+        ((1, 1, 16, 1, 64, None), 1),
+    ],
+)
+def test_few_programs_are_made_more(case, expected, monkeypatch):
+    from longscan.kernels.attention import kernel
+    from longscan.kernels.attention.scoring import Scoring
+
+    batch, tokens, heads, key_heads, dim, window = case
+    q, k = (torch.empty(batch, tokens, n, dim, dtype=torch.bfloat16, device="meta") for n in (heads, key_heads))
+    monkeypatch.setattr(kernel, "processors", lambda _: 132)
+    work = "dkv" if dim <= kernel.MOST_SHARED else "dk"
+    assert kernel._parts(work, q, k, k, Scoring(None, None, window, 0, 1.0)) == expected
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", WIDE_CASES, ids=str)
 def test_kernel_within_bar_on_gpu(case, random_segments):

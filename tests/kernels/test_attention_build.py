@@ -22,13 +22,13 @@ def kind(name):
     return "*fp32" if name in single else "*i32" if name in {"p_doc_start", "p_until"} else "*bf16"
 
 
-def build(work, dim, groups, window, given):
+def build(work, dim, groups, window, given, parts=1):
     block = max(16, triton.next_power_of_2(dim))
     tile = kernel.tile_of(work, torch.bfloat16, block, groups, window)
     sizes = {"BLOCK_K": block, "BLOCK_V": block, "BLOCK_M": tile.rows, "BLOCK_N": tile.keys, "PRECISION": "tf32"}
     sizes |= {"HEADS": 16, "GROUPS": groups, "KEY_DIM": dim, "VALUE_DIM": dim, "INNER": window > kernel.NARROW}
     # With neither documents nor ALiBi, as if the window were smaller than the rows.
-    sizes["TURN"] = not given
+    sizes |= {"TURN": not given, "PARTS": parts}
     absent = {"dk": {"p_dv"}, "dv": {"p_dk"}}.get(work, set()) | (set() if given else OPTIONAL)
     jitted = JITTED.get(work, kernel._backward_keys)
     even = () if given else ("tokens", "keys")
@@ -49,6 +49,8 @@ for dim in {case[0] for case in CASES}:
 for dim, groups, window, given in CASES:
     for work in ("forward", "dq", *(("dkv",) if dim <= kernel.MOST_SHARED else ("dk", "dv"))):
         build(work, dim, groups, window, given)
+        if work not in JITTED:
+            build(work, dim, groups, window, given, parts=4)
 """
 # Of the head dim, query heads to a key head, window; and whether documents and ALiBi are given, and odd sizes.
 KINDS = [(16, 4096), (1, 4096), (16, 64)]
