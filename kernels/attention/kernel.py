@@ -3,8 +3,8 @@
 The queries of a key head are laid out as rows: with G = H / Hkv query heads to a key head, row r is head r % G of
 token r // G. A block of rows then holds all heads of a few tokens, so a key block is loaded once for the whole group,
 a block is hardly wider than its window, and dk and dv sum over the group's heads inside one program. Any G fits
-without padding. Where that leaves too few programs for dk and dv, several share the rows of a key block and their fp32
-parts are added.
+without padding. Where that leaves so few programs for dk and dv that a GPU's last round is badly filled, several share
+the rows of a key block and their fp32 parts are added.
 
 A block meets only keys that one of its rows may keep, and masks only the edge blocks among them: the blocks that
 every row keeps whole go through a loop of their own. Under ALiBi, `_reach` bounds the distance at which a weight can
@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import heapq
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -60,10 +61,11 @@ NARROW = 128
 HOPPER_DIMS, LEAST_TOKENS = (64, 128, 256), 2048
 # The releases of Triton whose Gluon, which may change, it was compiled with.
 GLUON_RELEASES = ("3.6", "3.7")
-# Programs that share the rows of a key block at the most, and the blocks of rows that each must have to be worth it.
-MOST_PARTS, LEAST_BLOCKS = 8, 32
-# What a part of dk and dv costs, to write and to add, as a share of a whole walk over the rows of a key block.
-PART_COST = 0.05
+# Programs that may share the rows of a key block, and up to how many rounds of programs that is looked into. What a
+# part costs to write and to read again, and the launches that add parts up, in blocks of rows: by their bytes, at a
+# copy's speed, 5 of heads of 128 and 7 of 256, which take 2 us.
+PARTS, MOST_ROUNDS = (1, 2, 4, 8), 8
+PART_COST, SUM_COST = 6, 8
 # Elements of a block whose norms are compared: 64 a thread, in loads that all begin at once.
 NORMS_BLOCK = 16384
 
@@ -586,7 +588,7 @@ def _turn(
     Neighbouring key blocks share most of their rows and programs run in step. Began each at its own first row, all
     would have read more than L2 holds before a row came round again: at a window of 2,048 and 16 heads of 128 on an
     H100, 4.5 GB from DRAM, 64% of what it can. So they begin at multiples of a period, the inner rows of a whole span
-    or of its part, and read the same rows at the same time.
+    or a share of them, and read the same rows at the same time; a walk without such a multiple begins at its first.
     """
     period = tl.maximum((window - BLOCK_N + 1) * GROUPS // (PARTS * BLOCK_M) * BLOCK_M, BLOCK_M)
     turn = (period - inner % period) // BLOCK_M * BLOCK_M
@@ -627,7 +629,8 @@ def _backward_keys(
 ):
     """dk and dv of a block of keys, over all rows that keep one of them; one alone where the other's pointer is None.
 
-    In PARTS parts [PARTS, B, T_k, Hkv, K], a program each, of an equal number of blocks of rows.
+    With PARTS > 1 as so many parts, [PARTS, ...] of what dk and dv are: a program each, of as many blocks of rows, the
+    last of fewer or of none, which writes zeros. Programs lie part by part.
 
     The key at position p is kept by queries max(p, 0) to min(until, p + window) - 1; `until` [B, T_k] is where the
     documents end that see it. TURN for a window smaller than the rows: without one the spans of key blocks differ, and
@@ -655,7 +658,9 @@ def _backward_keys(
         stop = tl.minimum(stop, tl.load(p_until + i_last))
         end = tl.minimum(end, tl.load(p_until + i_key))
     if p_slopes is not None:
-        stop = tl.minimum(stop, i_last + offset + 1 + _reach(p_slopes, p_norms, factor, HEADS, GROUPS))
+        # To queries beyond all keys the last one is nearest: as far away as it is, they keep what it reaches.
+        i_far = i_last + _reach(p_slopes, p_norms, factor, HEADS, GROUPS)
+        stop = tl.where(i_far < keys - 1, tl.minimum(stop, i_far + offset + 1), stop)
     stop = tl.minimum(stop, tokens)
     start = tl.minimum(tl.maximum(i_key + offset, 0), stop)
     # Even rows at which blocks begin let the statistics be loaded by pairs.
@@ -764,32 +769,56 @@ def backward_keys(
     turn = scoring.window is not None and scoring.window < q.shape[1]
 
     both = max(q.shape[3], v.shape[3]) <= MOST_SHARED
-    parts = _parts("dkv" if both else "dk", q, k, v, scoring)
-    if parts > 1:
-        dk, dv = (t.new_empty((parts, *t.shape), dtype=torch.float32) for t in (k, v))
-    else:
-        dk, dv = torch.empty_like(k), torch.empty_like(v)
-    for work, pair in {"dkv": (dk, dv)}.items() if both else {"dv": (None, dv), "dk": (dk, None)}.items():
-        launched = (*tensors, *pair)
-        _launch(work, _backward_keys, launched, q, k, v, scoring, scoring.scale, TURN=turn, PARTS=parts)
-    return (sum_partials(dk, k.dtype), sum_partials(dv, v.dtype)) if parts > 1 else (dk, dv)
-
-
-def _parts(work: str, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> int:
-    """How many programs share the rows of a key block: so many that a GPU is done soonest, a part's cost counted."""
-    tile = _tile(work, q, k, v, scoring)
-    programs = cdiv(k.shape[1], tile.keys) * k.shape[2] * k.shape[0]
-    # A program of 8 warps has a multiprocessor to itself.
+    (batch, tokens, heads, _), (_, keys, key_heads, _) = q.shape, k.shape
+    tile, window = _tile("dkv" if both else "dk", q, k, v, scoring), scoring.most_keys(tokens)
+    # A multiprocessor has room for one program of 8 warps, or two of 4.
     at_once = processors(q) * max(1, 8 // tile.warps)
-    rows = min(q.shape[1], scoring.most_keys(q.shape[1]) + tile.keys) * (q.shape[2] // k.shape[2])
-    most = min(MOST_PARTS, rows // (LEAST_BLOCKS * tile.rows))
+    groups = heads // key_heads
+    parts = parts_of(tile, at_once, batch * key_heads, tokens, keys, scoring.key_offset, window, groups)
 
-    def walks(parts: int) -> float:
-        """The time, as a multiple of a walk over a key block's rows."""
-        cost = PART_COST * parts * programs / at_once if parts > 1 else 0
-        return cdiv(parts * programs, at_once) / parts + cost
+    def run(work: str, *of: Tensor | None) -> list[Tensor]:
+        """The gradients of those of k and v that are given."""
+        if parts > 1:
+            out = [None if t is None else t.new_empty((parts, *t.shape), dtype=torch.float32) for t in of]
+        else:
+            out = [None if t is None else torch.empty_like(t) for t in of]
+        _launch(work, _backward_keys, (*tensors, *out), q, k, v, scoring, scoring.scale, TURN=turn, PARTS=parts)
+        return [sum_partials(t, k.dtype) if parts > 1 else t for t in out if t is not None]
 
-    return min((parts for parts in (1, 2, 4, 8) if parts <= max(1, most)), key=walks)
+    if both:
+        dk, dv = run("dkv", k, v)
+    else:
+        [dv], [dk] = run("dv", None, v), run("dk", k, None)
+    return dk, dv
+
+
+@functools.cache
+def parts_of(
+    tile: Tile, at_once: int, copies: int, tokens: int, keys: int, key_offset: int, window: int, groups: int
+) -> int:
+    """How many programs share the rows of a key block: as few as are done within a tenth of the soonest.
+
+    Plays the launch through: programs in their order, `at_once` of them at a time, each as long as its walk.
+
+    Args:
+        copies: batch rows times key heads.
+        window: the most keys a query keeps; of documents and ALiBi, which keep fewer, nothing is known here.
+    """
+    walks = []
+    for key in range(key_offset, keys + key_offset, tile.keys):
+        last = min(key + tile.keys, keys + key_offset) - 1
+        walks.append(cdiv(max(0, min(last + window, tokens) - max(key, 0)) * groups, tile.rows))
+    if len(walks) * copies > MOST_ROUNDS * at_once:
+        return 1
+
+    def finish(parts: int) -> float:
+        ends = [0.0] * at_once
+        for walk in walks * (parts * copies):
+            heapq.heapreplace(ends, ends[0] + cdiv(walk, parts) + (PART_COST if parts > 1 else 0))
+        return max(ends) + (SUM_COST if parts > 1 else 0)
+
+    times = {parts: finish(parts) for parts in PARTS}
+    return min(parts for parts, time in times.items() if time <= 1.1 * min(times.values()))
 
 
 def _launch(
@@ -840,7 +869,7 @@ def _tile(work: str, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tile:
 
 
 def _padded(tensor: Tensor) -> int:
-    """The head dim in blocks."""
+    """The head dim as blocks have it."""
     return max(16, next_power_of_2(tensor.shape[3]))
 
 
@@ -850,7 +879,7 @@ def largest_norms(q: Tensor, k: Tensor, scoring: Scoring) -> Tensor | None:
         return None
     (batch, tokens, heads, dim), key_heads = q.shape, k.shape[2]
     norms = q.new_zeros(batch, heads + key_heads, dtype=torch.float32)
-    block_d = max(16, next_power_of_2(dim))
+    block_d = _padded(q)
     block_m = NORMS_BLOCK // block_d
     _norms[cdiv(max(tokens, k.shape[1]), block_m), heads + key_heads, batch](
         q,

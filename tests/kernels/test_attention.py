@@ -155,35 +155,36 @@ def test_kernel_within_bar(case, device, random_segments):
 def test_programs_that_share_a_key_block_add_up(case, parts, device, random_segments, monkeypatch):
     from longscan.kernels.attention import kernel
 
-    monkeypatch.setattr(kernel, "_parts", lambda *_: parts)
+    monkeypatch.setattr(kernel, "parts_of", lambda *_: parts)
     kernel_against_bar(case, device, random_segments)
 
 
-# (batch, tokens, heads, key heads, head dim, window) on 132 processors, and how many programs share a key block.
+# (tokens, halo, window, batch rows times key heads, query heads to each) on 132 multiprocessors, in blocks of 64 rows
+# and 128 keys, and how many programs share a key block.
 @pytest.mark.parametrize(
     ("case", "expected"),
     [
-        ((1, 32768, 16, 1, 128, 2048), 1),
-        ((1, 16384, 16, 1, 128, 2048), 1),
-        ((1, 12288, 16, 1, 128, 2048), 4),
-        ((1, 8192, 16, 1, 128, 2048), 2),
-        ((1, 2048, 16, 1, 128, 2048), 8),
-        ((1, 8192, 10, 1, 256, 1024), 2),
-        ((8, 2048, 10, 1, 256, 1024), 1),
-        ((1, 8192, 16, 16, 128, None), 1),
-        ((1, 8192, 16, 1, 64, 64), 1),
-        ((1, 1, 16, 1, 64, None), 1),
+        ((32768, 0, 2048, 1, 16), 1),
+        ((16384, 0, 2048, 1, 16), 1),
+        ((16384, 2047, 2048, 1, 16), 1),
+        ((12288, 0, 2048, 1, 16), 4),
+        ((8192, 0, 2048, 1, 16), 2),
+        ((8192, 2047, 2048, 1, 16), 4),
+        ((2048, 0, 2048, 1, 16), 8),
+        ((16384, 0, 16384, 1, 16), 2),
+        # Walks too short, programs enough, and so many that one round more or less is little.
+        ((8192, 0, 64, 1, 4), 1),
+        ((8192, 0, 2048, 2, 16), 1),
+        ((65536, 0, 2048, 16, 1), 1),
+        ((1, 0, 1, 1, 16), 1),
     ],
 )
-def test_few_programs_are_made_more(case, expected, monkeypatch):
+def test_programs_share_a_key_block_where_they_are_few(case, expected):
     from longscan.kernels.attention import kernel
-    from longscan.kernels.attention.scoring import Scoring
 
-    batch, tokens, heads, key_heads, dim, window = case
-    q, k = (torch.empty(batch, tokens, n, dim, dtype=torch.bfloat16, device="meta") for n in (heads, key_heads))
-    monkeypatch.setattr(kernel, "processors", lambda _: 132)
-    work = "dkv" if dim <= kernel.MOST_SHARED else "dk"
-    assert kernel._parts(work, q, k, k, Scoring(None, None, window, 0, 1.0)) == expected
+    tokens, halo, window, copies, groups = case
+    tile = kernel.Tile(64, 128, 8, 3)
+    assert kernel.parts_of(tile, 132, copies, tokens, tokens + halo, -halo, window, groups) == expected
 
 
 @pytest.mark.gpu
@@ -199,6 +200,27 @@ def test_kernel_leaves_queries_without_keys_at_zero(device):
     assert (y[:, 14:] == 0).all() and (y[:, :14] != 0).any(-1).all()
     assert (dq[:, 14:] == 0).all()
     assert all(t.isfinite().all() for t in (y, dq, dk, dv))
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+@pytest.mark.parametrize(("heads", "key_heads", "documents"), [(1, 1, False), (4, 1, False), (3, 3, True)])
+def test_queries_beyond_all_keys_keep_the_last_ones(
+    heads, key_heads, documents, parts, device, random_segments, monkeypatch
+):
+    from longscan.kernels.attention import kernel
+
+    monkeypatch.setattr(kernel, "parts_of", lambda *_: parts)
+    q, k, v = make(1, 137, heads, key_heads, dtype=torch.float32, key=16, value=16)
+    inputs = [t.detach().to(device).requires_grad_() for t in (q, k[:, :36], v[:, :36])]
+    # Steep: a key reaches fewer queries than there are beyond the last.
+    slopes = torch.linspace(4.0, 2.0, heads, device=device)
+    segments = random_segments(1, 137, device=device) if documents else None
+    found, exact = (
+        with_gradients(lambda *a, i=i: attention(*a, segments, alibi_slopes=slopes, implementation=i), inputs)
+        for i in ("triton", "reference")
+    )
+    for name, a, b in zip(("y", "dq", "dk", "dv"), found, exact, strict=True):
+        assert (a - b).norm() <= 1e-4 * b.norm(), name
 
 
 def test_kernel_takes_strided_inputs(device):

@@ -31,11 +31,12 @@ def build(work, dim, groups, window, given, parts=1):
     sizes |= {"TURN": not given, "PARTS": parts}
     absent = {"dk": {"p_dv"}, "dv": {"p_dk"}}.get(work, set()) | (set() if given else OPTIONAL)
     jitted = JITTED.get(work, kernel._backward_keys)
+    wide = {"p_dk": "*fp32", "p_dv": "*fp32"} if parts > 1 else {}
     even = () if given else ("tokens", "keys")
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
-    built = compiled(jitted, sizes | dict.fromkeys(absent), kind, even, **options)
+    built = compiled(jitted, sizes | dict.fromkeys(absent), lambda name: wide.get(name) or kind(name), even, **options)
     tensor_cores = "wgmma" in built.asm["ptx"]
-    print(work, dim, groups, window, *tile, given, "wgmma" if tensor_cores else "slow", lost(built.asm["cubin"]))
+    print(work, dim, groups, window, *tile, given, parts, "wgmma" if tensor_cores else "slow", lost(built.asm["cubin"]))
 
 
 def norms(name):

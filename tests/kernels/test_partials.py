@@ -27,14 +27,15 @@ from sass import compiled, spilled
 from longscan.kernels import partials
 
 kinds = {"p_partials": "*fp32", "p_total": "*bf16"}
-sizes = dict(partials.SUM_TILE)
-warps = sizes.pop("num_warps")
-for ones, even in (({}, ()), ({}, ("size",)), ({"parts": 1}, ()), ({"size": 1}, ())):
-    kind = lambda name: kinds.get(name, "i32")
-    built = compiled(partials._sum_partials, sizes | ones, kind, even, num_warps=warps)
-    print(built.metadata.num_warps, spilled(built.asm["cubin"]))
+for tile in (partials.SUM_TILE, partials.FEW_TILE):
+    sizes = dict(tile)
+    warps = sizes.pop("num_warps")
+    for ones, even in (({}, ()), ({}, ("size",)), ({"parts": 1}, ()), ({"size": 1}, ())):
+        kind = lambda name: kinds.get(name, "i32")
+        built = compiled(partials._sum_partials, sizes | ones, kind, even, num_warps=warps)
+        print(built.metadata.num_warps, spilled(built.asm["cubin"]))
 """
 
 
 def test_kernel_compiles_for_sm_90(tmp_path):
-    assert printed(SCRIPT, tmp_path) == ["8 0"] * 4
+    assert printed(SCRIPT, tmp_path) == ["8 0"] * 4 + ["4 0"] * 4
