@@ -4,8 +4,8 @@
 
 Small odd shapes with documents, so that every edge of every tile is met. PyTorch's caching allocator would hide an
 overrun inside its blocks; it is off here. A packing in a dtype is a process of its own, several at once; an op is
-recorded when its last one ends. Compiling the many variants of an op takes longer than running them, so a process that
-is not watched does that first, on all cores.
+recorded when its last one ends. Compiling the many variants of an op takes longer than running them, so before that a
+process an op, which is not watched, compiles them.
 """
 
 from __future__ import annotations
@@ -267,16 +267,11 @@ def errors_in(log: str) -> Counter[str]:
     return +found
 
 
-def compile_kernels(names: list[str]) -> None:
-    """Compiles what the cases of these ops launch, for processes to find on disk."""
+def compile_kernels(name: str) -> None:
+    """Compiles what the cases of an op launch, for processes to find on disk."""
     from longscan.kernels.precompile import prepare, rehearse
 
-    def run() -> None:
-        for name in names:
-            for case in cases_of(name):
-                run_case(case)
-
-    prepare(rehearse(run))
+    prepare(rehearse(lambda: [run_case(case) for case in cases_of(name)]))
 
 
 def sanitize(case: Case, tool: str, logs: Path) -> Finding:
@@ -353,10 +348,11 @@ def main() -> None:
         sys.exit("benchmarks.sanitize needs a CUDA GPU and compute-sanitizer (of the CUDA toolkit) on the path")
     names = list(dict.fromkeys(options.ops or OPS))
     if options.compile:
-        compile_kernels(names)
+        compile_kernels(*options.ops)
         return
-    subprocess.run([sys.executable, "-m", "benchmarks.sanitize", *names, "--compile"], cwd=ROOT, check=True)
     with TemporaryDirectory() as scratch, ThreadPoolExecutor(AT_ONCE) as pool:
+        compiling = [[sys.executable, "-m", "benchmarks.sanitize", name, "--compile"] for name in names]
+        list(pool.map(partial(subprocess.run, cwd=ROOT, check=True), compiling))
         logs: Any = options.logs or Path(scratch)
         logs.mkdir(parents=True, exist_ok=True)
         run = partial(sanitize, tool=options.tool, logs=logs)
