@@ -48,13 +48,12 @@ class Ratio:
 
 
 # As measured on one H100 in bf16 (docs/kernels-measured.md); those without a work are assumed.
-_LIGER = r"longscan|Liger.*"
 RATIOS = {
     "product": Ratio(1.15, 1.15),
     "pointwise": Ratio(1.1, 1.1),
     "norm": Ratio(1.03, 1.77, r"rms_norm \(32768, 2560\) bf16"),
-    "gated": Ratio(0.99, 0.98, r"geglu \(32768, 7680\) bf16", _LIGER),
-    "rotary": Ratio(1.22, 1.23, r"rotary \(32768, 16, 128\), 128 dims rotated, bf16", _LIGER),
+    "gated": Ratio(0.99, 0.98, r"geglu \(32768, 7680\) bf16"),
+    "rotary": Ratio(1.22, 1.23, r"rotary \(32768, 16, 128\), 128 dims rotated, bf16"),
     "scan": Ratio(1.26, 1.24, r"rg_lru \(1, 32768, 2560\) bf16"),
     "gates": Ratio(1.51, 1.85, r"gates \(1, 32768, 16x160\) bf16"),
     "conv": Ratio(1.09, 1.12, r"short_conv \(4, 8192, 2560\) 4 taps bf16"),
