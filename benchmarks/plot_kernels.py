@@ -11,16 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
-from PIL import Image
 
 from .figures import Timing, is_sweep, op_of, peer, series
+from .pictures import INK, bare, save
 
-INK, GRID, FLOOR = "#333333", "#e6e6e6", "#7a7a7a"
+FLOOR = "#7a7a7a"
 # Okabe and Ito's colours, which the colour-blind tell apart; by the first word of a name.
 COLOURS = {
     "longscan": "#0072b2",
@@ -41,17 +39,16 @@ PASSES = (("forward", "forward"), ("both", "forward + backward"))
 
 def draw(timings: Sequence[Timing], folder: Path) -> list[Path]:
     """Writes the pictures into `folder` and returns their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
     files = []
     for op in dict.fromkeys(op_of(timing.work) for timing in timings):
         grown = _grown([timing for timing in timings if op_of(timing.work) == op])
         if grown:
             files.append(folder / f"{op}.png")
-            _save(_growth(grown), files[-1])
+            save(_growth(grown), files[-1])
     usual = [timing for timing in timings if not is_sweep(timing.work) and timing.both_ratio]
     if usual:
         files.append(folder / "overview.png")
-        _save(_overview(usual), files[-1])
+        save(_overview(usual), files[-1])
     return files
 
 
@@ -127,10 +124,7 @@ def _dress(axis: Any, lengths: Sequence[int]) -> None:
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.yaxis.set_minor_formatter(NullFormatter())
     axis.tick_params(labelsize=8, colors=INK)
-    axis.grid(color=GRID, linewidth=0.8)
-    axis.set_axisbelow(True)
-    for side in ("top", "right"):
-        axis.spines[side].set_visible(False)
+    bare(axis)
 
 
 def _short(tokens: int) -> str:
@@ -180,18 +174,7 @@ def _overview(timings: Sequence[Timing]) -> Figure:
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
     axis.xaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}x" if f"{value:g}"[0] in "25" else ""))
     axis.tick_params(axis="x", which="both", labelsize=8, colors=INK)
-    axis.grid(color=GRID, linewidth=0.8)
-    axis.set_axisbelow(True)
-    for side in ("top", "right"):
-        axis.spines[side].set_visible(False)
+    bare(axis)
     axis.set_xlabel("time of forward + backward as a multiple of the floor (dashed)", color=INK, fontsize=9)
     figure.legend(loc="outside upper center", ncols=4, fontsize=8, frameon=False, labelcolor=INK, columnspacing=3)
     return figure
-
-
-def _save(figure: Figure, file: Path) -> None:
-    """Writes the picture with 256 colours, a third of its size with all; an octree keeps those that few points have."""
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    picture = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
-    picture.quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(file, optimize=True)

@@ -11,16 +11,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as Picture
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, NullLocator
-from PIL import Image
 
 from longscan.models import config_from_mapping, load_preset, num_params
 
 from . import record as recording
 from .figures import Figure, newest
+from .pictures import INK, bare, save
 from .recall import KINDS, NEAR
 
 BENCH = "small_models"
@@ -50,7 +48,6 @@ COLOURS = ("#333333", "#888888", "#56b4e9", "#b87900", "#0072b2", "#009e73", "#d
 STYLES = ("-", (0, (5, 1.5)), (0, (5, 1.5)), (0, (5, 1.5)), "-", "-", "-", "-")
 # What is shown of the bits at a length, as a multiple of the lowest.
 HIGHEST = 1.5
-INK, GRID = "#333333", "#e6e6e6"
 DOCS = recording.ROOT / "docs"
 PAGE, PLOT = "small-models.md", "figures/small_models.png"
 HEAD = """# The small models, trained
@@ -226,19 +223,7 @@ def dress(axis: Any, across: str, up: str, shown: Any) -> None:
     axis.xaxis.set_major_formatter(FuncFormatter(shown))
     axis.xaxis.set_minor_formatter(NullFormatter())
     axis.tick_params(which="both", labelsize=8, colors=INK)
-    axis.grid(color=GRID, linewidth=0.8)
-    axis.set_axisbelow(True)
-    for side in ("top", "right"):
-        axis.spines[side].set_visible(False)
-
-
-def save(picture: Picture, file: Path) -> None:
-    """Writes the picture with 64 colours, a third of its size with all."""
-    canvas = FigureCanvasAgg(picture)
-    canvas.draw()
-    pixels = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    pixels.quantize(64, dither=Image.Dither.NONE).save(file, optimize=True)
+    bare(axis)
 
 
 def write() -> None:

@@ -2,8 +2,13 @@
 
 import re
 
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
+
 from longscan.benchmarks import report
 from longscan.benchmarks.figures import timings
+from longscan.benchmarks.pictures import INK, save
 from longscan.benchmarks.plot_kernels import draw
 
 
@@ -49,6 +54,23 @@ def test_the_page_tells_what_was_promised_and_every_time(results):
     assert "prepare" not in page
     assert "prepare" in report.page()
     assert "linear_scan" not in report.page()
+
+
+def test_a_picture_keeps_the_colours_of_a_few_points(tmp_path):
+    figure = Figure(figsize=(9, 9), dpi=110)
+    axis = figure.add_subplot()
+    few = ("#009e73", "#e69f00", "#cc79a7", "#d55e00")
+    for row in range(60):
+        axis.plot([row % 7, 9], [row, row], "o", color="#0072b2")
+        axis.text(3, row, f"attention window {row}", color=INK, fontsize=8)
+    for row, colour in enumerate(few):
+        axis.plot(8, row, "o", color=colour)
+    save(figure, tmp_path / "new" / "picture.png")
+    with Image.open(tmp_path / "new" / "picture.png") as picture:
+        pixels = np.asarray(picture.convert("RGB")).astype(int)
+    for colour in few:
+        away = abs(pixels - [int(colour[i : i + 2], 16) for i in (1, 3, 5)]).max(-1)
+        assert (away <= 3).sum() > 20, colour
 
 
 def test_plots_are_of_what_is_there(results, tmp_path):
