@@ -179,8 +179,9 @@ BACKWARD_NORMS = [
 # Numbers a row: of the residual stream, and of a head.
 NORM_WIDTHS = (1024, 2048, 2560, 4096, 5120, 64, 128)
 # Parts a step, columns, warps; then what is summed: parts and their numbers.
-SUMS = [(512, 16, 8), (256, 16, 8), (128, 16, 4), (64, 32, 4), (1024, 8, 8)]
+SUMS = [(512, 16, 8), (256, 16, 8), (128, 16, 4), (64, 32, 4), (1024, 8, 8), (16, 256, 4), (16, 128, 4), (8, 512, 4)]
 SUMMED = [(264, 2560), (396, 2560), (2048, 2560), (64, 5120), (256, 5 * 2560), (64, 2 * 16 * 160 * 160)]
+SUMMED += [(2, 8192 * 128), (8, 2048 * 128)]
 
 
 def norm_candidates() -> None:
@@ -200,12 +201,12 @@ def sum_candidates() -> None:
     """Prints the time of each way to add up partial sums, torch.sum's first."""
     inputs = [torch.randn(*shape, device="cuda") for shape in SUMMED]
     print("torch.sum", *(time_or_error(partial(torch.sum, each, 0)) for each in inputs))
-    standing = partials.SUM_TILE
+    standing = partials.SUM_TILE, partials.FEW_TILE
     for sizes in SUMS:
-        partials.SUM_TILE = dict(zip(standing, sizes, strict=True))
+        partials.SUM_TILE = partials.FEW_TILE = dict(zip(standing[0], sizes, strict=True))
         run = partial(partials.sum_partials, dtype=torch.bfloat16)
         print("sum_partials", sizes, *(time_or_error(partial(run, each)) for each in inputs))
-    partials.SUM_TILE = standing
+    partials.SUM_TILE, partials.FEW_TILE = standing
 
 
 def _norm_inputs(rows: int, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

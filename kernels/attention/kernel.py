@@ -767,21 +767,13 @@ def backward_keys(
     """(dk, dv) of contiguous inputs: in one pass, or for heads wider than MOST_SHARED in one each."""
     tensors = (dy, q, k, v, lse, delta, _until(k, scoring), scoring.slopes, norms)
     turn = scoring.window is not None and scoring.window < q.shape[1]
-
     both = max(q.shape[3], v.shape[3]) <= MOST_SHARED
-    (batch, tokens, heads, _), (_, keys, key_heads, _) = q.shape, k.shape
-    tile, window = _tile("dkv" if both else "dk", q, k, v, scoring), scoring.most_keys(tokens)
-    # A multiprocessor has room for one program of 8 warps, or two of 4.
-    at_once = processors(q) * max(1, 8 // tile.warps)
-    groups = heads // key_heads
-    parts = parts_of(tile, at_once, batch * key_heads, tokens, keys, scoring.key_offset, window, groups)
+    parts = _parts("dkv" if both else "dk", q, k, v, scoring)
+    lead, dtype = ((parts,), torch.float32) if parts > 1 else ((), k.dtype)
 
     def run(work: str, *of: Tensor | None) -> list[Tensor]:
         """The gradients of those of k and v that are given."""
-        if parts > 1:
-            out = [None if t is None else t.new_empty((parts, *t.shape), dtype=torch.float32) for t in of]
-        else:
-            out = [None if t is None else torch.empty_like(t) for t in of]
+        out = [None if t is None else t.new_empty((*lead, *t.shape), dtype=dtype) for t in of]
         _launch(work, _backward_keys, (*tensors, *out), q, k, v, scoring, scoring.scale, TURN=turn, PARTS=parts)
         return [sum_partials(t, k.dtype) if parts > 1 else t for t in out if t is not None]
 
@@ -790,6 +782,16 @@ def backward_keys(
     else:
         [dv], [dk] = run("dv", None, v), run("dk", k, None)
     return dk, dv
+
+
+def _parts(work: str, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> int:
+    """How many programs share the rows of a key block in a pass."""
+    (batch, tokens, heads, _), (_, keys, key_heads, _) = q.shape, k.shape
+    tile = _tile(work, q, k, v, scoring)
+    # A multiprocessor has room for one program of 8 warps, or two of 4.
+    at_once = processors(q) * max(1, 8 // tile.warps)
+    window, groups = scoring.most_keys(tokens), heads // key_heads
+    return parts_of(tile, at_once, batch * key_heads, tokens, keys, scoring.key_offset, window, groups)
 
 
 @functools.cache

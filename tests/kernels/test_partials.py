@@ -8,7 +8,9 @@ pytest.importorskip("triton")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("shape", [(1, 5), (2, 16), (512, 1), (513, 37), (300, 2, 7, 3), (1056, 48)])
+@pytest.mark.parametrize(
+    "shape", [(1, 5), (2, 700), (16, 257), (17, 33), (512, 1), (513, 37), (300, 2, 7, 3), (1056, 48)]
+)
 def test_sum_partials(shape, dtype, device):
     from longscan.kernels.partials import sum_partials
 
