@@ -85,19 +85,24 @@ def peers(case: Case) -> Iterator[tuple[str, Callable[..., Tensor]]]:
 
 
 def works() -> Iterator[Work]:
-    """Ours and each peer of each case; lazily, since the inputs of all do not need to exist at once.
+    """Ours of each case, then each peer of each, since fla's kernels tune themselves for 90 s at a width; lazily.
 
     Forward reads q, k, v and log_a and writes y; backward reads those and dy and writes the gradients. FLOPs by the
     state alone: twice 2 K V a token and head, and twice that again in the backward pass.
     """
     for case in CASES:
-        inputs = make(case)
-        moved = sum(t.nbytes for t in inputs)
-        flops = 4 * case.dim**2 * case.batch * case.heads * case.tokens
-        sizes = (moved + inputs[2].nbytes, 3 * moved + 2 * inputs[2].nbytes, flops, 3 * flops)
-        yield Work(case.name, inputs, partial(_ours, case), *sizes)
+        yield _work(case, partial(_ours, case), "longscan")
+    for case in CASES:
         for impl, call in peers(case):
-            yield Work(case.name, inputs, call, *sizes, impl)
+            yield _work(case, call, impl)
+
+
+def _work(case: Case, call: Callable[..., Tensor], impl: str) -> Work:
+    inputs = make(case)
+    moved = sum(t.nbytes for t in inputs)
+    flops = 4 * case.dim**2 * case.batch * case.heads * case.tokens
+    sizes = (moved + inputs[2].nbytes, 3 * moved + 2 * inputs[2].nbytes, flops, 3 * flops)
+    return Work(case.name, inputs, call, *sizes, impl)
 
 
 def _ours(case: Case, *inputs: Tensor, implementation: str = "triton") -> Tensor:

@@ -165,14 +165,18 @@ def taylor_attention(rows: int, tokens: int, segments: Segments, dtype: torch.dt
 
 
 def cross_entropy(rows: int, tokens: int, segments: Segments, dtype: torch.dtype) -> None:
-    """The fused loss and a slice's pieces, at a vocabulary that fills no tile, some labels ignored."""
+    """The fused loss and a slice's pieces, by whole rows and not, at a vocabulary that fills no tile."""
+    from longscan.kernels.cross_entropy import kernel
+
     hidden, weight = draw(rows * tokens, 72, dtype=dtype), draw(1003, 72, dtype=dtype)
     labels = torch.randint(1003, (rows * tokens,), device=DEVICE)
     labels[::5] = -100
     options = {"z_loss": 1e-3, "label_smoothing": 0.1}
-    differentiate(kernels.linear_cross_entropy(hidden, weight, labels, soft_cap=30.0, **options))
-    pieces = kernels.vocabulary_pieces(hidden, weight, labels, soft_cap=30.0)
-    differentiate(kernels.loss_from_pieces(pieces, labels, 1003, **options))
+    for whole in (kernel.WHOLE, 0):
+        with patch.object(kernel, "WHOLE", whole):
+            differentiate(kernels.linear_cross_entropy(hidden, weight, labels, soft_cap=30.0, **options))
+            pieces = kernels.vocabulary_pieces(hidden, weight, labels, soft_cap=30.0)
+            differentiate(kernels.loss_from_pieces(pieces, labels, 1003, **options))
 
 
 def gate_projections(rows: int, tokens: int, segments: Segments, dtype: torch.dtype) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import processors
+from ..sizes import cdiv
 from .reference import Pieces, compute_dtype
 
 # A chunk's least rows or columns, below which the sum over chunks costs more than the products, and its most rows,
@@ -22,6 +23,9 @@ from .reference import Pieces, compute_dtype
 FEWEST, MOST_ROWS = 1024, 5120
 # The outputs that one processor of a GPU makes at a time in cuBLAS's fastest product.
 TILE, TILE_WIDTH = 128, 256
+# Rows of logits begin at multiples of so many numbers: cuBLAS and the softmax passes move 16 bytes at a time then, and
+# a vocabulary of 50,257 costs what one of 50,272 does.
+ALIGNED = 16
 
 
 def chunk_rows(rows: int, width: int, processors: int) -> int:
@@ -113,7 +117,7 @@ def _row_chunks(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]
     """(rows, their logits [n, V]) in order, all in one buffer."""
     count = hidden.shape[0]
     step = min(count, chunk_rows(count, hidden.shape[1], processors(hidden)))
-    buffer = hidden.new_empty(step * weight.shape[0])
+    buffer = hidden.new_empty(step * _aligned(weight.shape[0]))
     for start in range(0, count, step):
         rows = slice(start, min(start + step, count))
         yield rows, _logits(hidden[rows], weight, buffer)
@@ -123,15 +127,19 @@ def _column_chunks(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tens
     """(columns, their logits [N, v]) in order, all in one buffer."""
     count = weight.shape[0]
     step = min(count, chunk_columns(hidden.shape[0], count, weight.shape[1], processors(hidden)))
-    buffer = hidden.new_empty(step * hidden.shape[0])
+    buffer = hidden.new_empty(hidden.shape[0] * _aligned(step))
     for start in range(0, count, step):
         columns = slice(start, min(start + step, count))
         yield columns, _logits(hidden, weight[columns], buffer)
 
 
 def _logits(hidden: Tensor, weight: Tensor, buffer: Tensor) -> Tensor:
-    rows, columns = hidden.shape[0], weight.shape[0]
-    return torch.mm(hidden, weight.t(), out=buffer[: rows * columns].view(rows, columns))
+    rows, columns, stride = hidden.shape[0], weight.shape[0], _aligned(weight.shape[0])
+    return torch.mm(hidden, weight.t(), out=buffer[: rows * stride].view(rows, stride)[:, :columns])
+
+
+def _aligned(columns: int) -> int:
+    return cdiv(columns, ALIGNED) * ALIGNED
 
 
 def _sum_like(tensor: Tensor) -> Tensor:

@@ -2,7 +2,9 @@
 
 A row of at most WHOLE bytes is read once and kept in registers, by programs that stay and fetch their next rows into
 shared memory while they work on one. A longer one is read twice, the second time from L2 where it is still there, by a
-program of its own. Every sum has one fixed order, so bits repeat. The maths is in reference.py.
+program of its own. Rows lie as far apart as chunks.py leaves them: where that is a multiple of 16 bytes, so much is
+read and written at a time whatever the number of columns. Every sum has one fixed order, so bits repeat. The maths is
+in reference.py.
 """
 
 # The types of jitted functions and of their launches are beyond a type checker.
@@ -28,16 +30,25 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 WHOLE, VALUES, STAGES = 65536, 64, 3
 # Warps of a processor that works on whole rows: so many leave each thread 128 registers.
 PROCESSOR_WARPS = 16
-# Columns a step of a longer row.
-BLOCK, WARPS = 8192, 8
+# Columns a step of a longer row and its warps: for its sums, and where its gradient follows. One program of so many
+# warps fills a processor, and of so few rows at a time L2 keeps more: of 128,256 columns on an H100 that is 1.41 times
+# a copy, programs of 8 warps take 1.7.
+SUMS, SUMS_WARPS = 4096, 4
+BLOCK, WARPS = 32768, 32
 # Columns of a program where a row has no sums.
 PART, PART_WARPS = 2048, 4
 
 
 @triton.jit
-def _scores(p_row, o_column, mask, other, cap, CAPPED: tl.constexpr):
-    """The row's logits at these columns in fp32, soft-capped, `other` outside the mask."""
-    b = tl.load(p_row + o_column, mask=mask, other=0.0).to(tl.float32)
+def _readable(columns, LANES: tl.constexpr):
+    """The end of a row's last LANES columns, of which only the first may count."""
+    return tl.cdiv(columns, LANES) * LANES
+
+
+@triton.jit
+def _scores(p_row, o_column, readable, mask, other, cap, CAPPED: tl.constexpr):
+    """The row's logits at these columns, if readable, in fp32, soft-capped; `other` outside the mask."""
+    b = tl.load(p_row + o_column, mask=readable, other=0.0).to(tl.float32)
     if CAPPED:
         # tanh through exp, which the interpreter has too; exact at both ends.
         b = cap * (1.0 - 2.0 / (tl.exp(2.0 / cap * b) + 1.0))
@@ -48,19 +59,20 @@ def _scores(p_row, o_column, mask, other, cap, CAPPED: tl.constexpr):
 def _target(p_row, i_label, columns, cap, CAPPED: tl.constexpr):
     """The label's logit, 0 where the label is none of the columns."""
     inside = (i_label >= 0) & (i_label < columns)
-    return _scores(p_row, i_label, inside, 0.0, cap, CAPPED)
+    return _scores(p_row, i_label, inside, inside, 0.0, cap, CAPPED)
 
 
 @triton.jit
-def _row_statistics(p_row, i_label, columns, cap, CAPPED: tl.constexpr, BLOCK: tl.constexpr):
+def _row_statistics(p_row, i_label, columns, cap, CAPPED: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr):
     """(highest, total, target, spread) of one row."""
+    end = _readable(columns, LANES)
     highest = tl.full([], float("-inf"), tl.float32)
     total = tl.full([], 0.0, tl.float32)
     spread = tl.full([], 0.0, tl.float32)
     for i in range(0, columns, BLOCK):
         o_column = i + tl.arange(0, BLOCK)
         mask = o_column < columns
-        b = _scores(p_row, o_column, mask, float("-inf"), cap, CAPPED)
+        b = _scores(p_row, o_column, o_column < end, mask, float("-inf"), cap, CAPPED)
         higher = tl.maximum(highest, tl.max(b, 0))
         b_weight = tl.exp2(b * LOG2_E - higher * LOG2_E)
         total = total * tl.exp2((highest - higher) * LOG2_E) + tl.sum(b_weight, 0)
@@ -71,9 +83,11 @@ def _row_statistics(p_row, i_label, columns, cap, CAPPED: tl.constexpr, BLOCK: t
 
 @triton.jit
 def _columns(columns, BLOCK: tl.constexpr, LANES: tl.constexpr):
-    """(o_column, mask) of a whole row as [BLOCK / LANES, LANES], LANES a divisor of columns: one test for so many."""
+    """(o_column, whether readable, mask) of a whole row as [BLOCK / LANES, LANES]: one test for so many to read."""
     o_group = tl.arange(0, BLOCK // LANES)[:, None]
-    return o_group * LANES + tl.arange(0, LANES)[None, :], o_group < columns // LANES
+    o_column = o_group * LANES + tl.arange(0, LANES)[None, :]
+    readable = o_group < tl.cdiv(columns, LANES)
+    return o_column, readable, readable if columns % LANES == 0 else o_column < columns
 
 
 @triton.jit
@@ -91,9 +105,9 @@ def _label_alone(i_label, value, BLOCK: tl.constexpr, LANES: tl.constexpr):
 
 
 @triton.jit
-def _whole_row(p_row, i_label, o_column, mask, columns, cap, CAPPED: tl.constexpr):
+def _whole_row(p_row, i_label, o_column, readable, mask, columns, cap, CAPPED: tl.constexpr):
     """(scores, 0 outside the row, exp(scores - highest), and highest, total, target, spread) of a row read once."""
-    b = _scores(p_row, o_column, mask, 0.0, cap, CAPPED)
+    b = _scores(p_row, o_column, readable, mask, 0.0, cap, CAPPED)
     target = _target(p_row, i_label, columns, cap, CAPPED)
     highest = tl.max(tl.max(tl.where(mask, b, float("-inf")), 1), 0)
     b_weight = tl.where(mask, tl.exp2(b * LOG2_E - highest * LOG2_E), 0.0)
@@ -127,15 +141,16 @@ def _row_gradient(
     cap,
     CAPPED: tl.constexpr,
     BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
 ):
-    """Overwrites BLOCK logits of a row from `start` on by their gradient."""
+    """Overwrites BLOCK logits of a row from `start` on by their gradient, and what lies in their last LANES by any."""
     o_column = start + tl.arange(0, BLOCK)
-    mask = o_column < columns
-    b = _scores(p_row, o_column, mask, 0.0, cap, CAPPED)
+    readable = o_column < _readable(columns, LANES)
+    b = _scores(p_row, o_column, readable, readable, 0.0, cap, CAPPED)
     b_weight = tl.exp2(b * LOG2_E - highest * LOG2_E)
     b_by_target = tl.where(o_column == i_label, by_target, 0.0)
     b_grad = _score_gradient(b, b_weight, b_by_target, by_total, by_spread, cap, CAPPED)
-    tl.store(p_row + o_column, b_grad.to(p_row.dtype.element_ty), mask=mask)
+    tl.store(p_row + o_column, b_grad.to(p_row.dtype.element_ty), mask=readable)
 
 
 @triton.jit
@@ -148,6 +163,7 @@ def _statistics(
     p_spread,
     rows,
     columns,
+    stride,
     cap,
     COLUMNS: tl.constexpr,
     CAPPED: tl.constexpr,
@@ -155,15 +171,17 @@ def _statistics(
     LANES: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """A block's statistics; LANES and COLUMNS are 0 for rows that are not read whole."""
+    """A block's statistics; COLUMNS is 0 for rows that are not read whole."""
     for i_row in tl.range(tl.program_id(0), rows, tl.num_programs(0), num_stages=STAGES):
-        p_row = p_logits + tl.cast(i_row, tl.int64) * columns
+        p_row = p_logits + tl.cast(i_row, tl.int64) * stride
         i_label = tl.load(p_labels + i_row)
-        if LANES > 0:
-            o_column, mask = _columns(COLUMNS, BLOCK, LANES)
-            _, _, highest, total, target, spread = _whole_row(p_row, i_label, o_column, mask, COLUMNS, cap, CAPPED)
+        if COLUMNS > 0:
+            o_column, readable, mask = _columns(COLUMNS, BLOCK, LANES)
+            _, _, highest, total, target, spread = _whole_row(
+                p_row, i_label, o_column, readable, mask, COLUMNS, cap, CAPPED
+            )
         else:
-            highest, total, target, spread = _row_statistics(p_row, i_label, columns, cap, CAPPED, BLOCK)
+            highest, total, target, spread = _row_statistics(p_row, i_label, columns, cap, CAPPED, BLOCK, LANES)
         tl.store(p_highest + i_row, highest)
         tl.store(p_total + i_row, total)
         tl.store(p_target + i_row, target)
@@ -179,14 +197,16 @@ def _gradient(
     p_by_target,
     p_by_spread,
     columns,
+    stride,
     first,
     cap,
     CAPPED: tl.constexpr,
     BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
 ):
     i_row = tl.program_id(0).to(tl.int64)
     _row_gradient(
-        p_logits + i_row * columns,
+        p_logits + i_row * stride,
         tl.load(p_labels + i_row) - first,
         tl.program_id(1) * BLOCK,
         columns,
@@ -197,6 +217,7 @@ def _gradient(
         cap,
         CAPPED,
         BLOCK,
+        LANES,
     )
 
 
@@ -217,6 +238,7 @@ def _loss_and_gradient(
     p_loss,
     rows,
     columns,
+    stride,
     ignored,
     z_loss,
     smoothing,
@@ -228,17 +250,17 @@ def _loss_and_gradient(
     LANES: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """A block's losses, and its gradient in its place; LANES and COLUMNS are 0 for rows that are not read whole."""
+    """A block's losses, and its gradient in its place; COLUMNS is 0 for rows that are not read whole."""
     for i_row in tl.range(tl.program_id(0), rows, tl.num_programs(0), num_stages=STAGES):
-        p_row = p_logits + tl.cast(i_row, tl.int64) * columns
+        p_row = p_logits + tl.cast(i_row, tl.int64) * stride
         i_label = tl.load(p_labels + i_row)
-        if LANES > 0:
-            o_column, mask = _columns(COLUMNS, BLOCK, LANES)
+        if COLUMNS > 0:
+            o_column, readable, mask = _columns(COLUMNS, BLOCK, LANES)
             b, b_weight, highest, total, target, spread = _whole_row(
-                p_row, i_label, o_column, mask, COLUMNS, cap, CAPPED
+                p_row, i_label, o_column, readable, mask, COLUMNS, cap, CAPPED
             )
         else:
-            highest, total, target, spread = _row_statistics(p_row, i_label, columns, cap, CAPPED, BLOCK)
+            highest, total, target, spread = _row_statistics(p_row, i_label, columns, cap, CAPPED, BLOCK, LANES)
         if not SMOOTHED:
             spread = 0.0
         loss, by_total, by_target, by_spread = _loss_and_factors(
@@ -246,16 +268,16 @@ def _loss_and_gradient(
         )
         if not SMOOTHED:
             by_spread = None
-        if LANES > 0:
+        if COLUMNS > 0:
             b_by_target = _label_alone(i_label, by_target, BLOCK, LANES)
             b_grad = _score_gradient(b, b_weight, b_by_target, by_total, by_spread, cap, CAPPED)
-            tl.store(p_row + o_column, b_grad.to(p_row.dtype.element_ty), mask=mask)
+            tl.store(p_row + o_column, b_grad.to(p_row.dtype.element_ty), mask=readable)
         else:
             # The label's logit is read before the row is overwritten.
             tl.debug_barrier()
             for start in range(0, columns, BLOCK):
                 _row_gradient(
-                    p_row, i_label, start, columns, highest, by_total, by_target, by_spread, cap, CAPPED, BLOCK
+                    p_row, i_label, start, columns, highest, by_total, by_target, by_spread, cap, CAPPED, BLOCK, LANES
                 )
         tl.store(p_loss + i_row, loss)
 
@@ -269,9 +291,9 @@ def _scale(p_x, p_factor, p_y, size, BLOCK: tl.constexpr):
 
 def statistics(logits: Tensor, labels: Tensor, soft_cap: float, out: Pieces) -> None:
     """Writes (highest, total, target, spread) [n]; `target` is 0 where the label is none of the columns."""
-    programs, options = _plan(logits, soft_cap)
+    programs, options = _plan(logits, soft_cap, SUMS, SUMS_WARPS)
     with on(logits):
-        _statistics[(programs,)](logits, labels, *out, *logits.shape, soft_cap, **options)
+        _statistics[(programs,)](logits, labels, *out, *logits.shape, logits.stride(0), soft_cap, **options)
 
 
 def gradient_(logits: Tensor, labels: Tensor, by: Pieces, cap: float, first: int = 0) -> None:
@@ -284,7 +306,17 @@ def gradient_(logits: Tensor, labels: Tensor, by: Pieces, cap: float, first: int
     block = min(PART, next_power_of_2(columns))
     with on(logits):
         _gradient[rows, cdiv(columns, block)](
-            logits, labels, *coefficients, columns, first, cap, CAPPED=cap != 0, BLOCK=block, num_warps=PART_WARPS
+            logits,
+            labels,
+            *coefficients,
+            columns,
+            logits.stride(0),
+            first,
+            cap,
+            CAPPED=cap != 0,
+            BLOCK=block,
+            LANES=_lanes(logits),
+            num_warps=PART_WARPS,
         )
 
 
@@ -305,22 +337,25 @@ def loss_and_gradient_(
     logits: Tensor, labels: Tensor, ignored: int, z_loss: float, smoothing: float, cap: float, out: Tensor
 ) -> None:
     """Writes losses to `out` [n], 0 where the label is `ignored`, over the logits the gradient of the losses' sum."""
-    programs, options = _plan(logits, cap)
+    programs, options = _plan(logits, cap, BLOCK, WARPS)
+    numbers = (*logits.shape, logits.stride(0), ignored, z_loss, smoothing, cap)
     with on(logits):
-        _loss_and_gradient[(programs,)](
-            logits, labels, out, *logits.shape, ignored, z_loss, smoothing, cap, SMOOTHED=smoothing != 0, **options
-        )
+        _loss_and_gradient[(programs,)](logits, labels, out, *numbers, SMOOTHED=smoothing != 0, **options)
 
 
-def _plan(logits: Tensor, cap: float) -> tuple[int, dict[str, Any]]:
-    """(programs, compile-time sizes) of a pass that needs whole rows' sums."""
+def _plan(logits: Tensor, cap: float, step: int, step_warps: int) -> tuple[int, dict[str, Any]]:
+    """(programs, compile-time sizes) of a pass that needs whole rows' sums; a longer row is taken `step` by `step`."""
     rows, columns = logits.shape
-    block, capped = next_power_of_2(columns), {"CAPPED": cap != 0}
+    block, sizes = next_power_of_2(columns), {"CAPPED": cap != 0, "LANES": _lanes(logits)}
     if block * logits.element_size() > (WHOLE // 4 if cap else WHOLE):
-        sizes = {"COLUMNS": 0, "BLOCK": min(BLOCK, block), "LANES": 0, "STAGES": 1}
-        return rows, capped | sizes | {"num_warps": WARPS}
-    lanes = 16 // logits.element_size()
+        return rows, sizes | {"COLUMNS": 0, "BLOCK": min(step, block), "STAGES": 1, "num_warps": step_warps}
     warps = max(1, min(PROCESSOR_WARPS, block // (32 * VALUES)))
     # As a constant, COLUMNS says of most logits that they lie inside the row, which takes no instruction then.
-    sizes = {"COLUMNS": columns, "BLOCK": block, "LANES": lanes if columns % lanes == 0 else 1, "STAGES": STAGES}
-    return min(rows, processors(logits) * (PROCESSOR_WARPS // warps)), capped | sizes | {"num_warps": warps}
+    sizes |= {"COLUMNS": columns, "BLOCK": max(block, sizes["LANES"]), "STAGES": STAGES, "num_warps": warps}
+    return min(rows, processors(logits) * (PROCESSOR_WARPS // warps)), sizes
+
+
+def _lanes(logits: Tensor) -> int:
+    """The columns of 16 bytes, where every row begins at a multiple of so much, else 1."""
+    lanes = 16 // logits.element_size()
+    return lanes if logits.stride(0) % lanes == 0 and logits.data_ptr() % 16 == 0 else 1

@@ -48,6 +48,15 @@ def short_chunks(monkeypatch):
     monkeypatch.setattr(chunks, "chunk_columns", lambda *_: 3)
 
 
+@pytest.fixture(params=[1, 16])
+def alignment(request, monkeypatch):
+    """Rows of logits end to end, and with room between them, which holds NaN as all new tensors do."""
+    monkeypatch.setattr(chunks, "ALIGNED", request.param)
+
+
+aligned = pytest.mark.usefixtures("alignment")
+
+
 @options_given
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 @pytest.mark.parametrize("rows", [1, 7, 40])
@@ -126,19 +135,21 @@ def test_kernel_within_bar(reduction, dtype, options, device, short_chunks):
 
 @pytest.mark.parametrize("options", [OPTIONS[0], OPTIONS[-1]], ids=["plain", "all"])
 @pytest.mark.parametrize("reduction", ["sum", "none"])
+@aligned
 def test_kernel_over_many_blocks(reduction, options, device, monkeypatch):
     from longscan.kernels.cross_entropy import kernel
 
-    for size, value in {"WHOLE": 0, "BLOCK": 16, "PART": 8}.items():
+    for size, value in {"WHOLE": 0, "BLOCK": 16, "SUMS": 8, "PART": 8}.items():
         monkeypatch.setattr(kernel, size, value)
     kernel_against_bar(torch.float32, {**options, "reduction": reduction}, (6, 5, 53), device)
 
 
 @pytest.mark.parametrize("options", [OPTIONS[0], OPTIONS[-1]], ids=["plain", "all"])
 @pytest.mark.parametrize("reduction", ["sum", "none"])
-@pytest.mark.parametrize("vocabulary", [48, 53])
+@pytest.mark.parametrize("vocabulary", [3, 48, 53])
+@aligned
 def test_kernel_of_programs_that_stay(vocabulary, reduction, options, device, monkeypatch):
-    """One program works on many rows; a row's columns are tested by fours, or one by one."""
+    """One program works on many rows; a row's columns are read by fours, or one by one."""
     from longscan.kernels.cross_entropy import kernel
 
     monkeypatch.setattr(kernel, "processors", lambda _: 1)
