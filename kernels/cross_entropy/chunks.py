@@ -2,7 +2,8 @@
 
 One chunk of logits exists at a time, in the dtype of the hidden states, and becomes its own gradient in place. A
 gradient to which every chunk adds is summed in fp32 (fp64 for fp64), in the order of the chunks: the weight's where a
-chunk is a block of rows, that of the hidden states where it is a block of the vocabulary.
+chunk is a block of rows, that of the hidden states where it is a block of the vocabulary. A vocabulary that is no
+multiple of ALIGNED gets columns more, whose logits and gradients are 0.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ from collections.abc import Iterator
 from types import ModuleType
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..dispatch import processors
-from ..sizes import cdiv
 from .reference import Pieces, compute_dtype
 
 # A chunk's least rows or columns, below which the sum over chunks costs more than the products, and its most rows,
@@ -23,8 +24,8 @@ from .reference import Pieces, compute_dtype
 FEWEST, MOST_ROWS = 1024, 5120
 # The outputs that one processor of a GPU makes at a time in cuBLAS's fastest product.
 TILE, TILE_WIDTH = 128, 256
-# Rows of logits begin at multiples of so many numbers: cuBLAS and the softmax passes move 16 bytes at a time then, and
-# a vocabulary of 50,257 costs what one of 50,272 does.
+# The weight gets rows of zeros up to a multiple of this. By 50,257 columns cuBLAS multiplies at an eighth of its rate,
+# and the softmax passes move two bytes at a time; 50,272 cost a copy of the weight.
 ALIGNED = 16
 
 
@@ -72,19 +73,22 @@ def loss_and_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(losses [N], gradient of hidden, gradient of weight in fp32) of the sum of the losses: three matrix products."""
     losses = hidden.new_empty(hidden.shape[0], dtype=compute_dtype(hidden))
+    vocabulary, weight = weight.shape[0], _aligned(weight)
     dhidden, dweight = torch.empty_like(hidden), _sum_like(weight)
     for rows, logits in _row_chunks(hidden, weight):
-        softmax.loss_and_gradient_(logits, labels[rows], ignored, z_loss, smoothing, cap, losses[rows])
+        within = logits[:, :vocabulary]
+        softmax.loss_and_gradient_(within, labels[rows], ignored, z_loss, smoothing, cap, losses[rows])
         torch.mm(logits, weight, out=dhidden[rows])
         _accumulate(dweight, logits.t(), hidden[rows], first=rows.start == 0)
-    return losses, dhidden, dweight
+    return losses, dhidden, dweight[:vocabulary]
 
 
 def pieces(softmax: ModuleType, hidden: Tensor, weight: Tensor, labels: Tensor, cap: float) -> Pieces:
     """(highest, total, target, spread) [N] over the rows of `weight`, with labels counted from its first."""
     highest, total, target, spread = (hidden.new_empty(hidden.shape[0], dtype=compute_dtype(hidden)) for _ in range(4))
-    for rows, logits in _row_chunks(hidden, weight):
-        softmax.statistics(logits, labels[rows], cap, (highest[rows], total[rows], target[rows], spread[rows]))
+    for rows, logits in _row_chunks(hidden, _aligned(weight)):
+        out = highest[rows], total[rows], target[rows], spread[rows]
+        softmax.statistics(logits[:, : weight.shape[0]], labels[rows], cap, out)
     return highest, total, target, spread
 
 
@@ -97,49 +101,51 @@ def pieces_gradients(
     rows or of columns: whichever leaves the smaller sum to be read and written once a chunk.
     """
     highest, by_total, by_target, by_spread = by
-    if hidden.shape[0] >= weight.shape[0]:
+    vocabulary, weight = weight.shape[0], _aligned(weight)
+    if hidden.shape[0] >= vocabulary:
         dhidden, dweight = torch.empty_like(hidden), _sum_like(weight)
         for rows, logits in _row_chunks(hidden, weight):
             part = (highest[rows], by_total[rows], by_target[rows], by_spread[rows])
-            softmax.gradient_(logits, labels[rows], part, cap)
+            softmax.gradient_(logits[:, :vocabulary], labels[rows], part, cap)
             torch.mm(logits, weight, out=dhidden[rows])
             _accumulate(dweight, logits.t(), hidden[rows], first=rows.start == 0)
     else:
         dhidden, dweight = _sum_like(hidden), torch.empty_like(weight)
-        for columns, logits in _column_chunks(hidden, weight):
-            softmax.gradient_(logits, labels, by, cap, columns.start)
+        for columns, logits in _column_chunks(hidden, weight, vocabulary):
+            softmax.gradient_(logits[:, : vocabulary - columns.start], labels, by, cap, columns.start)
             torch.mm(logits.t(), hidden, out=dweight[columns])
             _accumulate(dhidden, logits, weight[columns], first=columns.start == 0)
-    return dhidden, dweight
+    return dhidden, dweight[:vocabulary]
+
+
+def _aligned(weight: Tensor) -> Tensor:
+    missing = -weight.shape[0] % ALIGNED
+    return F.pad(weight, [0, 0, 0, missing]) if missing else weight
 
 
 def _row_chunks(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """(rows, their logits [n, V]) in order, all in one buffer."""
     count = hidden.shape[0]
     step = min(count, chunk_rows(count, hidden.shape[1], processors(hidden)))
-    buffer = hidden.new_empty(step * _aligned(weight.shape[0]))
+    buffer = hidden.new_empty(step * weight.shape[0])
     for start in range(0, count, step):
         rows = slice(start, min(start + step, count))
         yield rows, _logits(hidden[rows], weight, buffer)
 
 
-def _column_chunks(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """(columns, their logits [N, v]) in order, all in one buffer."""
-    count = weight.shape[0]
-    step = min(count, chunk_columns(hidden.shape[0], count, weight.shape[1], processors(hidden)))
-    buffer = hidden.new_empty(hidden.shape[0] * _aligned(step))
-    for start in range(0, count, step):
-        columns = slice(start, min(start + step, count))
+def _column_chunks(hidden: Tensor, weight: Tensor, vocabulary: int) -> Iterator[tuple[slice, Tensor]]:
+    """(columns, their logits [N, v]) in order, all in one buffer; the last has the columns beyond the vocabulary."""
+    step = min(vocabulary, chunk_columns(hidden.shape[0], vocabulary, weight.shape[1], processors(hidden)))
+    buffer = hidden.new_empty(hidden.shape[0] * (step + weight.shape[0] - vocabulary))
+    for start in range(0, vocabulary, step):
+        stop = start + step
+        columns = slice(start, stop if stop < vocabulary else weight.shape[0])
         yield columns, _logits(hidden, weight[columns], buffer)
 
 
 def _logits(hidden: Tensor, weight: Tensor, buffer: Tensor) -> Tensor:
-    rows, columns, stride = hidden.shape[0], weight.shape[0], _aligned(weight.shape[0])
-    return torch.mm(hidden, weight.t(), out=buffer[: rows * stride].view(rows, stride)[:, :columns])
-
-
-def _aligned(columns: int) -> int:
-    return cdiv(columns, ALIGNED) * ALIGNED
+    rows, columns = hidden.shape[0], weight.shape[0]
+    return torch.mm(hidden, weight.t(), out=buffer[: rows * columns].view(rows, columns))
 
 
 def _sum_like(tensor: Tensor) -> Tensor:

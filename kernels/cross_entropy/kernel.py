@@ -2,9 +2,9 @@
 
 A row of at most WHOLE bytes is read once and kept in registers, by programs that stay and fetch their next rows into
 shared memory while they work on one. A longer one is read twice, the second time from L2 where it is still there, by a
-program of its own. Rows lie as far apart as chunks.py leaves them: where that is a multiple of 16 bytes, so much is
-read and written at a time whatever the number of columns. Every sum has one fixed order, so bits repeat. The maths is
-in reference.py.
+program of its own. Where rows begin at multiples of 16 bytes so much is moved at a time, whatever the number of
+columns: what lies between a row's last and the next multiple belongs to the row, is read and counts for nothing, and
+becomes 0 where the gradient is written. Every sum has one fixed order, so bits repeat. The maths is in reference.py.
 """
 
 # The types of jitted functions and of their launches are beyond a type checker.
@@ -41,7 +41,7 @@ PART, PART_WARPS = 2048, 4
 
 @triton.jit
 def _readable(columns, LANES: tl.constexpr):
-    """The end of a row's last LANES columns, of which only the first may count."""
+    """The end of a row's last LANES columns."""
     return tl.cdiv(columns, LANES) * LANES
 
 
@@ -143,14 +143,14 @@ def _row_gradient(
     BLOCK: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """Overwrites BLOCK logits of a row from `start` on by their gradient, and what lies in their last LANES by any."""
+    """Overwrites BLOCK logits of a row from `start` on by their gradient."""
     o_column = start + tl.arange(0, BLOCK)
-    readable = o_column < _readable(columns, LANES)
-    b = _scores(p_row, o_column, readable, readable, 0.0, cap, CAPPED)
+    readable, mask = o_column < _readable(columns, LANES), o_column < columns
+    b = _scores(p_row, o_column, readable, mask, 0.0, cap, CAPPED)
     b_weight = tl.exp2(b * LOG2_E - highest * LOG2_E)
     b_by_target = tl.where(o_column == i_label, by_target, 0.0)
     b_grad = _score_gradient(b, b_weight, b_by_target, by_total, by_spread, cap, CAPPED)
-    tl.store(p_row + o_column, b_grad.to(p_row.dtype.element_ty), mask=readable)
+    tl.store(p_row + o_column, tl.where(mask, b_grad, 0.0).to(p_row.dtype.element_ty), mask=readable)
 
 
 @triton.jit
@@ -271,6 +271,8 @@ def _loss_and_gradient(
         if COLUMNS > 0:
             b_by_target = _label_alone(i_label, by_target, BLOCK, LANES)
             b_grad = _score_gradient(b, b_weight, b_by_target, by_total, by_spread, cap, CAPPED)
+            if COLUMNS % LANES:
+                b_grad = tl.where(mask, b_grad, 0.0)
             tl.store(p_row + o_column, b_grad.to(p_row.dtype.element_ty), mask=readable)
         else:
             # The label's logit is read before the row is overwritten.
