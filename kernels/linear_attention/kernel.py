@@ -10,9 +10,10 @@ where the walks for dq and dk read the state transposed. So each reads three ten
 and blocks of columns alone do not fill the GPU the row is cut in pieces: the same kernel first leaves each piece's sum
 alone, and `_fold` makes of these the states that enter the pieces.
 
-With groups the state is kept in two parts: the sum over completed groups, which all see, and that of the open group,
-which those of later groups see. They are joined where the group changes. At the ends of a row the state is given as
-(both, open) from left to right, and its gradient, walked from right to left, as (both, -open).
+With groups a walk is grouped.py's: from group to group, of which none sees itself, so that there is no quadratic form.
+The state that enters such a row is in two parts, of the completed groups and of the open one, which joins them when it
+has been walked. At the ends of a row the state is given as (both, open) from left to right, and its gradient, walked
+from right to left, as (both, -open).
 
 bf16 inputs are multiplied as bf16, fp16 as tf32 (states may exceed fp16), fp32 as fp32, and so is all of an odd K or V.
 Every sum has one fixed order, so bits repeat. No exponential is taken of a positive number. Documents and groups are
@@ -34,6 +35,8 @@ from torch import Tensor
 
 from ..dispatch import on
 from ..sizes import cdiv, next_power_of_2
+from .grouped import Groups, groups_of_piece, mark_groups, mark_of, walk_groups
+from .tokens import id_of, rows_of, scalars_of
 
 # Programs of a walk that fill a GPU of 132 SMs, and so many that cutting rows no longer pays for the second reading.
 PROGRAMS, ENOUGH = 396, 128
@@ -51,7 +54,7 @@ class Tile(NamedTuple):
     stages: int
 
 
-# By the padded width of x and y. All rows of the state are in registers; with groups there are two states.
+# By the padded width of x and y. All rows of the state are in registers.
 TILES = {
     16: Tile(64, 4, 3),
     32: Tile(64, 4, 3),
@@ -73,7 +76,6 @@ class Plan:
     key_dim: int
     value_dim: int
     width: int
-    slots: int
     chunk: int
     pieces: int
     span: int
@@ -84,7 +86,7 @@ class Plan:
     def tile(self, x_dim: int, u_dim: int) -> Tile:
         """The tile of a walk whose state has rows of x and columns of u."""
         tile = (TILES if self.operand == tl.bfloat16 else WIDE_TILES)[_padded(x_dim)]
-        block = max(16, min(tile.block // self.slots, _padded(u_dim)))
+        block = max(16, min(tile.block, _padded(u_dim)))
         return tile._replace(block=block)
 
     @property
@@ -93,8 +95,8 @@ class Plan:
         return cdiv(self.tokens, self.chunk)
 
     def empty_states(self, count: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """[B, Hkv, count, slots, K, W]."""
-        shape = (self.batch, self.key_heads, count, self.slots, self.key_dim, self.width)
+        """[B, Hkv, count, K, W]."""
+        shape = (self.batch, self.key_heads, count, self.key_dim, self.width)
         return torch.empty(shape, dtype=dtype, device=self.device)
 
     @property
@@ -118,7 +120,7 @@ def _cut(tokens: int, rows: int, value_dim: int) -> tuple[int, int]:
 
 
 def plan(q: Tensor | None, k: Tensor, v: Tensor, groups: Tensor | None, normalize: bool) -> Plan:
-    """The cut for inputs: chunks by their dtype, pieces enough to fill the GPU."""
+    """The cut for inputs: chunks by their dtype, pieces enough to fill the GPU, with groups one more."""
     batch, tokens, key_heads, key_dim = k.shape
     heads = key_heads if q is None else q.shape[2]
     # Where rows are read entry by entry, as of an odd width or of one that is no constant, ptxas 12.8 loses a uniform
@@ -130,42 +132,18 @@ def plan(q: Tensor | None, k: Tensor, v: Tensor, groups: Tensor | None, normaliz
     # The interpreter multiplies the bits of bf16; there the operands are fp32.
     operand = tl.bfloat16 if narrow and k.is_cuda else tl.float32
     precision = "ieee" if k.dtype == torch.float32 or odd else "tf32"
-    slots = 1 if groups is None else 2
     width = v.shape[3] + normalize
     pieces, span = _cut(tokens, batch * heads, v.shape[3])
+    pieces += groups is not None
     return Plan(
-        batch, tokens, heads, key_heads, key_dim, v.shape[3], width, slots, chunk, pieces, span, operand, precision,
-        k.device,
+        batch, tokens, heads, key_heads, key_dim, v.shape[3], width, chunk, pieces, span, operand, precision, k.device,
     )  # fmt: skip
 
 
 def room(q: Tensor, k: Tensor, v: Tensor, state: tuple[int, ...]) -> Tensor:
-    """An empty tensor of the shape of the states that enter the pieces, [B, Hkv, pieces, slots, K, W]."""
+    """An empty tensor as the states that enter the pieces, [B, Hkv, pieces, K, W], for one of [B, Hkv, slots, K, W]."""
     pieces, _ = _cut(q.shape[1], q.shape[0] * q.shape[2], v.shape[3])
-    return q.new_empty(*state[:2], pieces, *state[2:], dtype=torch.float32)
-
-
-@triton.jit
-def _rows(pointer, i_row, i_head, begin, o_d, tokens, heads, dim, C: tl.constexpr):
-    """[C, D] from token `begin` of a head of a row on, from [B, T, heads, dim]; zeros beyond the ends."""
-    # Only the chunk's own place takes 64 bits.
-    base = pointer + ((i_row.to(tl.int64) * tokens + begin) * heads + i_head) * dim
-    o_c = tl.arange(0, C)
-    mask = (begin + o_c < tokens)[:, None] & (o_d[None, :] < dim)
-    return tl.load(base + (o_c * (heads * dim))[:, None] + o_d[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
-def _scalars(pointer, i, o_t, tokens):
-    """[C] of row i from [rows, T]; zeros beyond the end."""
-    return tl.load(pointer + i.to(tl.int64) * tokens + o_t, mask=o_t < tokens, other=0.0)
-
-
-@triton.jit
-def _id(p_ids, i_row, o_t, tokens):
-    """The document or group of token or tokens o_t: of the last token beyond the end, 0 before the first."""
-    at = p_ids + i_row.to(tl.int64) * tokens + tl.minimum(tl.maximum(o_t, 0), tokens - 1)
-    return tl.where(o_t < 0, 0, tl.load(at))
+    return q.new_empty(*state[:2], pieces + state[2] - 1, *state[3:], dtype=torch.float32)
 
 
 @triton.jit
@@ -179,7 +157,6 @@ def _walk(
     p_drop,
     p_decay,
     p_documents,
-    p_groups,
     p_entering,
     p_leaving,
     p_states,
@@ -216,9 +193,9 @@ def _walk(
             made from p_result where that is given, by walks that are TRANSPOSED.
         p_inverse: [B, H, T] of the normaliser, written with y and read after it.
         p_decay: [B, Hkv, T] log_a.
-        p_entering: the states [B, Hkv, pieces, slots, K, W] that enter; None for zero.
+        p_entering: the states [B, Hkv, pieces, K, W] that enter; None for zero.
         p_leaving: likewise, those that leave.
-        p_states: [B, Hkv, chunks, slots, K, W], those that enter each chunk.
+        p_states: [B, Hkv, chunks, K, W], those that enter each chunk.
         SHARED: heads of x for each of y; SHARING: heads of y for each of x.
     """
     i_head = tl.program_id(1) % heads
@@ -233,85 +210,53 @@ def _walk(
     in_z = (o_u < u_dim) if TRANSPOSED else (o_x < x_dim)
     o_s = o_x[:, None] + o_u[None, :] * width if TRANSPOSED else o_x[:, None] * width + o_u[None, :]
     in_s = (o_x[:, None] < x_dim) & (o_u[None, :] < u_dim)
-    slots = 1 if p_groups is None else 2
     size = (u_dim if TRANSPOSED else x_dim) * width
     b_s = tl.zeros([BLOCK_X, BLOCK_U], tl.float32)
     b_z = tl.zeros([BLOCK_U if TRANSPOSED else BLOCK_X], tl.float32)
-    if p_groups is not None:
-        b_open = b_s
-        b_open_z = b_z
-    o_piece = (i_state.to(tl.int64) * pieces + i_piece) * slots * size
+    o_piece = (i_state.to(tl.int64) * pieces + i_piece) * size
     if p_entering is not None:
         b_s = tl.load(p_entering + o_piece + o_s, mask=in_s, other=0.0)
         if NORMALIZE:
             b_z = tl.load(p_entering + o_piece + o_z, mask=in_z, other=0.0)
-        if p_groups is not None:
-            b_open = tl.load(p_entering + o_piece + size + o_s, mask=in_s, other=0.0)
-            if NORMALIZE:
-                b_open_z = tl.load(p_entering + o_piece + size + o_z, mask=in_z, other=0.0)
-    begin = i_piece * (span // C)
+    first = i_piece * (span // C)
     count = tl.cdiv(tl.minimum(span, tokens - i_piece * span), C)
     for i in range(0, count):
-        i_chunk = begin + (count - 1 - i if REVERSE else i)
-        o_t = i_chunk * C + tl.arange(0, C)
+        i_chunk = first + (count - 1 - i if REVERSE else i)
+        begin = i_chunk * C
+        o_t = begin + tl.arange(0, C)
         if p_documents is not None:
-            before = _id(p_documents, i_row, i_chunk * C - 1, tokens)
-            last = _id(p_documents, i_row, i_chunk * C + C - 1, tokens)
-            b_documents = _id(p_documents, i_row, o_t, tokens)
+            before = id_of(p_documents, i_row, begin - 1, tokens)
+            last = id_of(p_documents, i_row, begin + C - 1, tokens)
+            b_documents = id_of(p_documents, i_row, o_t, tokens)
             b_sees = b_documents == (last if REVERSE else before)
             b_goes = b_documents == (before if REVERSE else last)
-        if p_groups is not None:
-            # The open group's part counts as completed once the walk has left the group.
-            b_groups = _id(p_groups, i_row, o_t, tokens)
-            first_group = _id(p_groups, i_row, i_chunk * C, tokens)
-            last_group = _id(p_groups, i_row, i_chunk * C + C - 1, tokens)
-            outside = _id(p_groups, i_row, i_chunk * C + C if REVERSE else i_chunk * C - 1, tokens)
-            near = last_group if REVERSE else first_group
-            far = first_group if REVERSE else last_group
-            left = (near != outside).to(tl.float32)
-            b_s += left * b_open
-            b_open *= 1 - left
-            b_z += left * b_open_z
-            b_open_z *= 1 - left
         if p_decay is not None:
-            b_a = _scalars(p_decay, i_state, o_t, tokens)
+            b_a = scalars_of(p_decay, i_state, o_t, tokens)
             total = tl.sum(b_a, 0)
             b_rest = tl.minimum(tl.cumsum(b_a, 0, reverse=True) - b_a, 0.0)
             b_a = tl.cumsum(b_a, 0)
         if p_states is not None:
-            p_state = p_states + (i_state.to(tl.int64) * tl.cdiv(tokens, C) + i_chunk) * slots * size
+            p_state = p_states + (i_state.to(tl.int64) * tl.cdiv(tokens, C) + i_chunk) * size
             tl.store(p_state + o_s, b_s.to(p_states.dtype.element_ty), mask=in_s)
             if NORMALIZE:
                 tl.store(p_state + o_z, b_z.to(p_states.dtype.element_ty), mask=in_z)
-            if p_groups is not None:
-                tl.store(p_state + size + o_s, b_open.to(p_states.dtype.element_ty), mask=in_s)
-                if NORMALIZE:
-                    tl.store(p_state + size + o_z, b_open_z.to(p_states.dtype.element_ty), mask=in_z)
         if p_out is not None:
-            b_x = _rows(p_x, i_row, i_head, i_chunk * C, o_x, tokens, heads, x_dim, C)
+            b_x = rows_of(p_x, i_row, i_head, begin, tokens, o_x, tokens, heads, x_dim, C)
             if NORMALIZE and TRANSPOSED:
                 # What x has for the normaliser's row.
                 b_e = tl.full([C], 1.0, tl.float32)
                 if not REVERSE:
-                    b_result = _rows(p_result, i_row, i_head, i_chunk * C, o_x, tokens, heads, x_dim, C)
+                    b_result = rows_of(p_result, i_row, i_head, begin, tokens, o_x, tokens, heads, x_dim, C)
                     b_e = -tl.sum(b_x.to(tl.float32) * b_result.to(tl.float32), 1)
                     # Every block of columns finds the same; the first one writes it.
                     here = (o_t < tokens) & (tl.program_id(0) == 0)
                     tl.store(p_drop + tl.program_id(1).to(tl.int64) * tokens + o_t, -b_e, mask=here)
             b_o = tl.dot(b_x.to(OPERAND), b_s.to(OPERAND), input_precision=PRECISION)
             b_sum = tl.zeros([C], tl.float32)
-            if p_groups is not None:
-                b_later = b_groups != near
-                b_late = tl.dot(b_x.to(OPERAND), b_open.to(OPERAND), input_precision=PRECISION)
-                b_o += tl.where(b_later[:, None], b_late, 0.0)
             if NORMALIZE and TRANSPOSED:
                 b_o += b_e[:, None] * b_z[None, :]
-                if p_groups is not None:
-                    b_o += tl.where(b_later, b_e, 0.0)[:, None] * b_open_z[None, :]
             elif NORMALIZE:
                 b_sum = tl.sum(b_x.to(tl.float32) * b_z[None, :], 1)
-                if p_groups is not None:
-                    b_sum += tl.where(b_later, tl.sum(b_x.to(tl.float32) * b_open_z[None, :], 1), 0.0)
             b_factor = tl.full([C], 1.0, tl.float32)
             if p_decay is not None:
                 b_factor = tl.exp(b_rest if REVERSE else b_a)
@@ -321,12 +266,7 @@ def _walk(
                 b_o *= b_factor[:, None]
                 b_sum *= b_factor
             # Which y each x sees, and from how far.
-            if p_groups is not None:
-                if REVERSE:
-                    live = b_groups[:, None] < b_groups[None, :]
-                else:
-                    live = b_groups[:, None] > b_groups[None, :]
-            elif REVERSE:
+            if REVERSE:
                 live = o_t[:, None] <= o_t[None, :]
             else:
                 live = o_t[:, None] >= o_t[None, :]
@@ -338,31 +278,25 @@ def _walk(
             kept = tl.exp(total)
         if p_documents is not None:
             kept = tl.where(before == last, kept, 0.0)
-        if p_groups is not None:
-            left = (near != far).to(tl.float32)
-            b_s += left * b_open
-            b_open *= kept * (1 - left)
-            b_z += left * b_open_z
-            b_open_z *= kept * (1 - left)
         if p_decay is not None or p_documents is not None:
             b_s *= kept
             b_z *= kept
         if p_y is not None:
             for i_shared in range(0, SHARING):
                 i_y = i_head // SHARED * SHARING + i_shared
-                b_y = _rows(p_y, i_row, i_y, i_chunk * C, o_x, tokens, y_heads, x_dim, C)
-                b_u = _rows(p_u, i_row, i_y, i_chunk * C, o_u, tokens, y_heads, u_dim, C)
+                b_y = rows_of(p_y, i_row, i_y, begin, tokens, o_x, tokens, y_heads, x_dim, C)
+                b_u = rows_of(p_u, i_row, i_y, begin, tokens, o_u, tokens, y_heads, u_dim, C)
                 b_w = tl.full([C], 1.0, tl.float32)
                 b_f = b_w
                 if REVERSE:
                     b_w *= scale
                     if p_inverse is not None:
-                        b_w *= _scalars(p_inverse, i_row * y_heads + i_y, o_t, tokens)
+                        b_w *= scalars_of(p_inverse, i_row * y_heads + i_y, o_t, tokens)
                     if NORMALIZE:
                         if p_drop is not None:
-                            b_f = -_scalars(p_drop, i_row * y_heads + i_y, o_t, tokens)
+                            b_f = -scalars_of(p_drop, i_row * y_heads + i_y, o_t, tokens)
                         else:
-                            b_result = _rows(p_result, i_row, i_y, i_chunk * C, o_x, tokens, y_heads, x_dim, C)
+                            b_result = rows_of(p_result, i_row, i_y, begin, tokens, o_x, tokens, y_heads, x_dim, C)
                             b_f = -tl.sum(b_y.to(tl.float32) * b_result.to(tl.float32), 1)
                 if p_out is not None:
                     b_p = tl.dot(b_x.to(OPERAND), tl.trans(b_y).to(OPERAND), input_precision=PRECISION)
@@ -384,18 +318,10 @@ def _walk(
                     b_w *= tl.exp(b_a if REVERSE else b_rest)
                 if p_documents is not None:
                     b_w = tl.where(b_goes, b_w, 0.0)
-                if p_groups is not None:
-                    b_here = tl.where(b_groups == far, b_w, 0.0)
-                    b_w -= b_here
-                    b_part = (b_u.to(tl.float32) * b_here[:, None]).to(OPERAND)
-                    b_open = tl.dot(tl.trans(b_y).to(OPERAND), b_part, b_open, input_precision=PRECISION)
-                    if NORMALIZE:
-                        b_part = (b_u if TRANSPOSED else b_y).to(tl.float32) * (b_here * b_f)[:, None]
-                        b_open_z += tl.sum(b_part, 0)
                 if NORMALIZE:
                     b_part = (b_u if TRANSPOSED else b_y).to(tl.float32) * (b_w * b_f)[:, None]
                     b_z += tl.sum(b_part, 0)
-                if REVERSE or p_decay is not None or p_documents is not None or p_groups is not None:
+                if REVERSE or p_decay is not None or p_documents is not None:
                     b_u = b_u.to(tl.float32) * b_w[:, None]
                 b_s = tl.dot(tl.trans(b_y).to(OPERAND), b_u.to(OPERAND), b_s, input_precision=PRECISION)
         if p_out is not None:
@@ -407,9 +333,9 @@ def _walk(
                     here = (o_t < tokens) & (tl.program_id(0) == 0)
                     tl.store(p_inverse + tl.program_id(1).to(tl.int64) * tokens + o_t, b_rate, mask=here)
                 elif p_inverse is not None:
-                    b_rate = _scalars(p_inverse, tl.program_id(1), o_t, tokens)
+                    b_rate = scalars_of(p_inverse, tl.program_id(1), o_t, tokens)
                 b_o *= scale * b_rate[:, None]
-            p_row = p_out + ((i_row.to(tl.int64) * tokens + i_chunk * C) * heads + i_head) * u_dim
+            p_row = p_out + ((i_row.to(tl.int64) * tokens + begin) * heads + i_head) * u_dim
             o_row = (tl.arange(0, C) * (heads * u_dim))[:, None] + o_u[None, :]
             mask = (o_t[:, None] < tokens) & (o_u[None, :] < u_dim)
             tl.store(p_row + o_row, b_o.to(p_out.dtype.element_ty), mask=mask)
@@ -417,19 +343,17 @@ def _walk(
         tl.store(p_leaving + o_piece + o_s, b_s, mask=in_s)
         if NORMALIZE:
             tl.store(p_leaving + o_piece + o_z, b_z, mask=in_z)
-        if p_groups is not None:
-            tl.store(p_leaving + o_piece + size + o_s, b_open, mask=in_s)
-            if NORMALIZE:
-                tl.store(p_leaving + o_piece + size + o_z, b_open_z, mask=in_z)
 
 
 @triton.jit
 def _fold(
     p_sums,
     p_initial,
+    p_opened,
     p_decays,
     p_documents,
     p_groups,
+    p_marks,
     p_entering,
     p_last,
     tokens,
@@ -440,42 +364,35 @@ def _fold(
     BLOCK: tl.constexpr,
     REVERSE: tl.constexpr,
 ):
-    """The states that enter the pieces [B, Hkv, pieces, slots, size], and leave the last, from what each adds alone."""
+    """The states that enter the pieces [B, Hkv, pieces, size], and leave the last, from what each adds alone."""
     i_head = tl.program_id(1).to(tl.int64)
     i_row = tl.program_id(1) // heads
     o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = o < size
-    slots = 1 if p_groups is None else 2
     b_s = tl.zeros([BLOCK], tl.float32)
-    b_open = b_s
     if p_initial is not None:
-        b_s = tl.load(p_initial + i_head * slots * size + o, mask=mask, other=0.0)
-        if p_groups is not None:
-            b_open = tl.load(p_initial + i_head * slots * size + size + o, mask=mask, other=0.0)
+        b_s = tl.load(p_initial + i_head * size + o, mask=mask, other=0.0)
+    if p_opened is not None:
+        b_opened = tl.load(p_opened + i_head * size + o, mask=mask, other=0.0)
     for i in range(0, pieces):
         i_piece = pieces - 1 - i if REVERSE else i
-        at = (i_head * pieces + i_piece) * slots * size + o
+        at = (i_head * pieces + i_piece) * size + o
         tl.store(p_entering + at, b_s, mask=mask)
-        begin = i_piece * span
         kept = 1.0
         if p_decays is not None:
             kept = tl.exp(tl.load(p_decays + i_head * pieces + i_piece))
         if p_documents is not None:
-            before = _id(p_documents, i_row, begin - 1, tokens)
-            kept = tl.where(before == _id(p_documents, i_row, begin + span - 1, tokens), kept, 0.0)
-        if p_groups is not None:
-            tl.store(p_entering + at + size, b_open, mask=mask)
-            outside = _id(p_groups, i_row, begin + span if REVERSE else begin - 1, tokens)
-            far = _id(p_groups, i_row, begin if REVERSE else begin + span - 1, tokens)
-            left = (outside != far).to(tl.float32)
-            b_s += left * b_open
-            b_open *= kept * (1 - left)
-            b_open += tl.load(p_sums + at + size, mask=mask, other=0.0)
+            begin, stop = i_piece * span, i_piece * span + span
+            if p_groups is not None:
+                first, end = groups_of_piece(p_groups, i_row, i_piece, span, pieces, tokens, REVERSE)
+                begin, _ = mark_of(p_marks, i_row, first, tokens)
+                stop, _ = mark_of(p_marks, i_row, end, tokens)
+            before = id_of(p_documents, i_row, begin - 1, tokens)
+            kept = tl.where(before == id_of(p_documents, i_row, stop - 1, tokens), kept, 0.0)
+        if p_opened is not None:
+            b_s += tl.where(i == 0, b_opened, 0.0)
         b_s = b_s * kept + tl.load(p_sums + at, mask=mask, other=0.0)
-    at = i_head * slots * size + o
-    tl.store(p_last + at, b_s, mask=mask)
-    if p_groups is not None:
-        tl.store(p_last + at + size, b_open, mask=mask)
+    tl.store(p_last + i_head * size + o, b_s, mask=mask)
 
 
 @triton.jit
@@ -488,7 +405,6 @@ def _decay_gradients(
     p_drop,
     p_decay,
     p_documents,
-    p_groups,
     p_states,
     p_adjoints,
     p_ddecay,
@@ -511,35 +427,28 @@ def _decay_gradients(
     i and j may each be in the chunk or beyond it, there by the states and the adjoints that enter it. No large sums
     are subtracted, as they would be from sums of q . dq and k . dk.
     """
-    i_chunk = tl.program_id(0)
+    begin = tl.program_id(0) * C
     i_head = tl.program_id(1) % heads
     i_row = tl.program_id(1) // heads
-    o_t = i_chunk * C + tl.arange(0, C)
+    o_t = begin + tl.arange(0, C)
     o_k = tl.arange(0, BLOCK_K)
-    slots = 1 if p_groups is None else 2
-    size = key_dim * width
-    at = (tl.program_id(1).to(tl.int64) * tl.num_programs(0) + i_chunk) * slots * size
-    b_a = _scalars(p_decay, tl.program_id(1), o_t, tokens)
+    at = (tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * key_dim * width
+    b_a = scalars_of(p_decay, tl.program_id(1), o_t, tokens)
     total = tl.sum(b_a, 0)
     b_out = tl.exp(tl.minimum(tl.cumsum(b_a, 0, reverse=True) - b_a, 0.0))
     b_a = tl.cumsum(b_a, 0)
     b_in = tl.exp(b_a)
     kept = tl.exp(total)
     live = o_t[:, None] >= o_t[None, :]
-    if p_groups is not None:
-        b_groups = _id(p_groups, i_row, o_t, tokens)
-        first_group = _id(p_groups, i_row, i_chunk * C, tokens)
-        last_group = _id(p_groups, i_row, i_chunk * C + C - 1, tokens)
-        live = b_groups[:, None] > b_groups[None, :]
     if p_documents is not None:
-        before = _id(p_documents, i_row, i_chunk * C - 1, tokens)
-        last = _id(p_documents, i_row, i_chunk * C + C - 1, tokens)
-        b_documents = _id(p_documents, i_row, o_t, tokens)
+        before = id_of(p_documents, i_row, begin - 1, tokens)
+        last = id_of(p_documents, i_row, begin + C - 1, tokens)
+        b_documents = id_of(p_documents, i_row, o_t, tokens)
         live &= b_documents[:, None] == b_documents[None, :]
         b_in = tl.where(b_documents == before, b_in, 0.0)
         b_out = tl.where(b_documents == last, b_out, 0.0)
         kept = tl.where(before == last, kept, 0.0)
-    b_k = _rows(p_k, i_row, i_head, i_chunk * C, o_k, tokens, heads, key_dim, C)
+    b_k = rows_of(p_k, i_row, i_head, begin, tokens, o_k, tokens, heads, key_dim, C)
     # Pairs that begin here and end beyond, and pairs that pass over the chunk.
     b_after = tl.zeros([C], tl.float32)
     b_over = tl.zeros([BLOCK_K], tl.float32)
@@ -547,19 +456,12 @@ def _decay_gradients(
         o_v = i_v * BLOCK_V + tl.arange(0, BLOCK_V)
         o_s = at + o_k[:, None] * width + o_v[None, :]
         in_s = (o_k[:, None] < key_dim) & (o_v[None, :] < width)
-        b_v = _rows(p_v, i_row, i_head, i_chunk * C, o_v, tokens, heads, value_dim, C).to(tl.float32)
+        b_v = rows_of(p_v, i_row, i_head, begin, tokens, o_v, tokens, heads, value_dim, C).to(tl.float32)
         if NORMALIZE:
             b_v += (o_v == value_dim).to(tl.float32)[None, :]
         b_s = tl.load(p_states + o_s, mask=in_s, other=0.0).to(tl.float32)
         b_d = tl.load(p_adjoints + o_s, mask=in_s, other=0.0).to(tl.float32)
         b_after += tl.sum(tl.dot(b_k.to(OPERAND), b_d.to(OPERAND), input_precision=PRECISION) * b_v, 1)
-        if p_groups is not None:
-            b_open = tl.load(p_states + o_s + size, mask=in_s, other=0.0).to(tl.float32)
-            b_near = tl.load(p_adjoints + o_s + size, mask=in_s, other=0.0).to(tl.float32)
-            b_part = tl.sum(tl.dot(b_k.to(OPERAND), b_near.to(OPERAND), input_precision=PRECISION) * b_v, 1)
-            b_after += tl.where(b_groups != last_group, b_part, 0.0)
-            left = (first_group != last_group).to(tl.float32)
-            b_over += tl.sum(b_open * (b_d + left * b_near) + b_s * b_near, 1)
         b_over += tl.sum(b_s * b_d, 1)
     b_after *= b_out
     b_spans = o_t[:, None] >= o_t[None, :]
@@ -568,23 +470,21 @@ def _decay_gradients(
         b_decay = tl.exp(tl.minimum(b_a[:, None] - b_a[None, :], 0.0))
         for i_shared in range(0, SHARING):
             i_q = i_head * SHARING + i_shared
-            b_q = _rows(p_q, i_row, i_q, i_chunk * C, o_k, tokens, heads * SHARING, key_dim, C)
+            b_q = rows_of(p_q, i_row, i_q, begin, tokens, o_k, tokens, heads * SHARING, key_dim, C)
             if NORMALIZE:
-                b_drop = _scalars(p_drop, i_row * heads * SHARING + i_q, o_t, tokens)
+                b_drop = scalars_of(p_drop, i_row * heads * SHARING + i_q, o_t, tokens)
             b_dw = tl.zeros([C, C], tl.float32)
             b_before = tl.zeros([C], tl.float32)
             for i_v in range(0, tl.cdiv(width, BLOCK_V)):
                 o_v = i_v * BLOCK_V + tl.arange(0, BLOCK_V)
                 o_s = at + o_k[:, None] * width + o_v[None, :]
                 in_s = (o_k[:, None] < key_dim) & (o_v[None, :] < width)
-                b_v = _rows(p_v, i_row, i_head, i_chunk * C, o_v, tokens, heads, value_dim, C).to(tl.float32)
-                b_g = _rows(p_dy, i_row, i_q, i_chunk * C, o_v, tokens, heads * SHARING, value_dim, C).to(tl.float32)
+                b_v = rows_of(p_v, i_row, i_head, begin, tokens, o_v, tokens, heads, value_dim, C).to(tl.float32)
+                b_g = rows_of(p_dy, i_row, i_q, begin, tokens, o_v, tokens, heads * SHARING, value_dim, C).to(
+                    tl.float32
+                )
                 b_s = tl.load(p_states + o_s, mask=in_s, other=0.0).to(OPERAND)
                 b_part = tl.dot(b_q.to(OPERAND), b_s, input_precision=PRECISION)
-                if p_groups is not None:
-                    b_s = tl.load(p_states + o_s + size, mask=in_s, other=0.0).to(OPERAND)
-                    b_open = tl.dot(b_q.to(OPERAND), b_s, input_precision=PRECISION)
-                    b_part += tl.where((b_groups != first_group)[:, None], b_open, 0.0)
                 b_dw = tl.dot(b_g.to(OPERAND), tl.trans(b_v).to(OPERAND), b_dw, input_precision=PRECISION)
                 if NORMALIZE:
                     b_g -= (o_v == value_dim).to(tl.float32)[None, :] * b_drop[:, None]
@@ -592,7 +492,7 @@ def _decay_gradients(
             b_rate = tl.full([C], 1.0, tl.float32) * scale
             if NORMALIZE:
                 b_dw -= b_drop[:, None]
-                b_rate *= _scalars(p_inverse, i_row * heads * SHARING + i_q, o_t, tokens)
+                b_rate *= scalars_of(p_inverse, i_row * heads * SHARING + i_q, o_t, tokens)
             b_m = tl.dot(b_q.to(OPERAND), tl.trans(b_k).to(OPERAND), input_precision=PRECISION)
             b_m = tl.where(live, b_m * b_dw * b_decay, 0.0) * b_rate[:, None]
             b_spanned = tl.cumsum(b_m, 1) - b_m + (b_before * b_rate * b_in)[:, None]
@@ -605,10 +505,18 @@ class Rows(NamedTuple):
 
     decay: Tensor | None
     documents: Tensor | None
-    groups: Tensor | None
+    groups: Groups | None
+
+
+class State(NamedTuple):
+    """What enters rows [B, Hkv, K, W]: the state, or its gradient from the right; with groups the open one's apart."""
+
+    completed: Tensor | None
+    opened: Tensor | None
 
 
 def forward(
+    group: int,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -622,21 +530,21 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(y, final_state, inverse of the normaliser [B, H, T] or empty, states that enter the pieces); see op.py."""
     cut = plan(q, k, v, groups, normalize)
-    q, k, v, *given = packed(q, k, v, decay, documents, groups)
-    rows = Rows(*given)
+    q, k, v = packed(q, k, v)
     y = q.new_empty(*q.shape[:3], cut.value_dim)
     inverse = _per_token(cut) if normalize else q.new_empty(0, dtype=torch.float32)
+    scalars: dict[str, Any] = {"inverse": inverse if normalize else None, "scale": scale, "eps": eps}
     with on(q):
-        entering, last = _entering(cut, k, v, None, None, rows, split(initial, groups), 1.0, reverse=False)
+        rows, state = _rows(decay, documents, groups, group), _entered(initial, groups)
+        entering, last = _entering(cut, k, v, rows, state)
         leaving = cut.empty_states(1) if last is None else None
-        _run(
-            cut, q, k, v, y, rows, entering, leaving, inverse=inverse if normalize else None, scale=scale, eps=eps,
-            normalize=normalize,
-        )  # fmt: skip
-    return y, joined(last if leaving is None else leaving[:, :, 0], groups), inverse, entering
+        _run(cut, q, k, v, y, rows, entering, leaving, normalize=normalize, **scalars)
+        final = _left(cut, last if leaving is None else leaving[:, :, 0], k, v, rows, state)
+    return y, final, inverse, entering
 
 
 def backward(
+    group: int,
     dy: Tensor,
     dfinal: Tensor | None,
     q: Tensor,
@@ -653,29 +561,28 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, dv, ddecay, dinitial), from the inputs and what the forward pass returned."""
     cut = plan(q, k, v, groups, normalize)
-    dy, q, k, v, *given = packed(dy, q, k, v, decay, documents, groups)
-    rows = Rows(*given)
+    dy, q, k, v = packed(dy, q, k, v)
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     drop = _per_token(cut) if normalize else None
     scalars: dict[str, Any] = {"inverse": inverse if normalize else None, "drop": drop, "scale": scale}
+    norm = {"transposed": True, "normalize": normalize}
     states, adjoints = (_chunk_states(cut) if decay is not None else None for _ in range(2))
     with on(q):
-        _run(cut, dy, v, k, dq, rows, entering, None, states, result=y, transposed=True, normalize=normalize, **scalars)
-        arriving, last = _entering(
-            cut, q, dy, scalars["inverse"], drop, rows, split(dfinal, groups, reverse=True), scale, reverse=True
-        )
+        rows = _rows(decay, documents, groups, group)
+        after = _entered(dfinal, groups, reverse=True)
+        _run(cut, dy, v, k, dq, rows, entering, None, states, result=y, **norm, **scalars)
+        arriving, last = _entering(cut, q, dy, rows, after, reverse=True, **scalars)
         leaving = cut.empty_states(1) if last is None else None
         _run(cut, k, q, dy, dv, rows, arriving, None, reverse=True, **scalars)
-        _run(
-            cut, v, dy, q, dk, rows, arriving, leaving, adjoints, transposed=True, reverse=True, normalize=normalize,
-            **scalars,
-        )  # fmt: skip
+        _run(cut, v, dy, q, dk, rows, arriving, leaving, adjoints, reverse=True, **norm, **scalars)
         ddecay = _decays(cut, q, k, v, dy, scalars, rows, states, adjoints, normalize)
-    dinitial = joined(last if leaving is None else leaving[:, :, 0], groups, reverse=True)
+        total = last if leaving is None else leaving[:, :, 0]
+        dinitial = _left(cut, total, q, dy, rows, after, reverse=True, **scalars)
     return dq, dk, dv, ddecay, dinitial
 
 
 def summarize(
+    group: int,
     k: Tensor,
     v: Tensor,
     decay: Tensor | None,
@@ -685,16 +592,15 @@ def summarize(
 ) -> Tensor:
     """State [B, Hkv, slots, K, W] that the piece leaves from zero; see op.py."""
     cut = plan(None, k, v, groups, normalize)
-    k, v, *given = packed(k, v, decay, documents, groups)
+    k, v = packed(k, v)
+    nothing = State(None, None)
     with on(k):
-        if cut.pieces > 1:
-            _, last = _entering(cut, k, v, None, None, Rows(*given), None, 1.0, reverse=False)
-        else:
-            last = _sums(cut, k, v, None, None, Rows(*given), 1.0, reverse=False)[:, :, 0]
-    return joined(last, groups)
+        rows = _rows(decay, documents, groups, group)
+        return _left(cut, _total(cut, _sums(cut, k, v, rows), rows), k, v, rows, nothing)
 
 
 def adjoint(
+    group: int,
     scale: float,
     dy: Tensor,
     q: Tensor,
@@ -708,20 +614,18 @@ def adjoint(
     """dinitial [B, Hkv, slots, K, W]; see reference.py."""
     normalize = inverse.numel() > 0
     cut = plan(q, k, dy, groups, normalize)
-    dy, q, y, *given = packed(dy, q, y, decay, documents, groups)
-    rows = Rows(*given)
-    divided = {"result": y, "inverse": inverse} if normalize else {}
-    sums = cut.empty_states(cut.pieces)
+    dy, q, y = packed(dy, q, y)
+    divided: dict[str, Any] = {"result": y, "inverse": inverse} if normalize else {}
+    walk: dict[str, Any] = {"scale": scale, "transposed": True, "reverse": True, **divided}
+    nothing = State(None, None)
     with on(q):
-        _run(
-            cut, None, dy, q, None, rows, None, sums, scale=scale, normalize=normalize, transposed=True, reverse=True,
-            **divided,
-        )  # fmt: skip
-        last = sums[:, :, 0] if cut.pieces == 1 else _folded(cut, sums, rows, None, reverse=True)[1]
-    return joined(last, groups, reverse=True)
+        rows = _rows(decay, documents, groups, group)
+        total = _total(cut, _sums(cut, dy, q, rows, **walk), rows, reverse=True)
+        return _left(cut, total, dy, q, rows, nothing, **walk)
 
 
 def summarize_backward(
+    group: int,
     dstate: Tensor,
     k: Tensor,
     v: Tensor,
@@ -732,42 +636,73 @@ def summarize_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dk, dv, ddecay) from the gradient of what `summarize` returns: walks that meet no query."""
     cut = plan(None, k, v, groups, normalize)
-    k, v, *given = packed(k, v, decay, documents, groups)
-    rows = Rows(*given)
+    k, v = packed(k, v)
     dk, dv = torch.empty_like(k), torch.empty_like(v)
     states, adjoints = (_chunk_states(cut) if decay is not None else None for _ in range(2))
     with on(k):
-        arriving, _ = _entering(
-            cut, None, None, None, None, rows, split(dstate, groups, reverse=True), 1.0, reverse=True
-        )
+        rows, after = _rows(decay, documents, groups, group), _entered(dstate, groups, reverse=True)
+        arriving, _ = _entering(cut, None, None, rows, after, reverse=True)
         _run(cut, k, None, None, dv, rows, arriving, None, reverse=True)
-        _run(cut, v, None, None, dk, rows, arriving, None, adjoints, transposed=True, reverse=True, normalize=normalize)
+        walk = {"transposed": True, "normalize": normalize, "reverse": True}
+        _run(cut, v, None, None, dk, rows, arriving, None, adjoints, **walk)
         if states is not None:
-            entering, _ = _entering(cut, k, v, None, None, rows, None, 1.0, reverse=False)
+            entering, _ = _entering(cut, k, v, rows, State(None, None))
             _run(cut, None, k, v, None, rows, entering, None, states, normalize=normalize)
         ddecay = _decays(cut, None, k, v, None, {"scale": 1.0}, rows, states, adjoints, normalize)
     return dk, dv, ddecay
 
 
-def _entering(
+def _rows(decay: Tensor | None, documents: Tensor | None, groups: Tensor | None, group: int) -> Rows:
+    decay, documents, groups = packed(decay, documents, groups)
+    return Rows(decay, documents, None if groups is None else mark_groups(groups, documents, group))
+
+
+def _entered(state: Tensor | None, groups: Tensor | None, reverse: bool = False) -> State:
+    """What enters, of [B, Hkv, slots, K, W]: with groups of (both, open), or of the gradient's (both, -open)."""
+    if state is None or groups is None:
+        return State(None if state is None else state[:, :, 0].contiguous(), None)
+    opened = (-state[:, :, 1] if reverse else state[:, :, 1]).contiguous()
+    return State(state[:, :, 0] - opened, opened)
+
+
+def _left(
     cut: Plan,
-    y: Tensor | None,
-    u: Tensor | None,
-    inverse: Tensor | None,
-    drop: Tensor | None,
+    total: Tensor,
+    y: Tensor,
+    u: Tensor,
     rows: Rows,
-    initial: Tensor | None,
-    scale: float,
-    reverse: bool,
+    entered: State,
+    reverse: bool = False,
+    **walk: Any,
+) -> Tensor:
+    """[B, Hkv, slots, K, W] of what leaves rows: `total`, and with groups what the last one walked has in it."""
+    if rows.groups is None:
+        return total[:, :, None].contiguous()
+    state = cut.empty_states(1)
+    _run(
+        cut, None, y, u, None, rows, None, state, opened=entered.opened, reverse=reverse, last=True,
+        normalize=cut.width > cut.value_dim, **walk,
+    )  # fmt: skip
+    return torch.stack([total, -state[:, :, 0] if reverse else state[:, :, 0]], 2)
+
+
+def _entering(
+    cut: Plan, y: Tensor | None, u: Tensor | None, rows: Rows, state: State, reverse: bool = False, **walk: Any
 ) -> tuple[Tensor, Tensor | None]:
     """(states that enter the pieces, the state that leaves the last; None where the row is one piece)."""
     if cut.pieces == 1:
         entering = cut.empty_states(1)
-        return (entering.zero_() if initial is None else entering.copy_(initial[:, :, None])), None
-    return _folded(cut, _sums(cut, y, u, inverse, drop, rows, scale, reverse), rows, initial, reverse)
+        first = state.completed
+        return (entering.zero_() if first is None else entering.copy_(first[:, :, None])), None
+    return _folded(cut, _sums(cut, y, u, rows, reverse=reverse, **walk), rows, state, reverse)
 
 
-def _folded(cut: Plan, sums: Tensor, rows: Rows, initial: Tensor | None, reverse: bool) -> tuple[Tensor, Tensor]:
+def _total(cut: Plan, sums: Tensor, rows: Rows, reverse: bool = False) -> Tensor:
+    """The state [B, Hkv, K, W] that leaves the last piece, from zero."""
+    return sums[:, :, 0] if cut.pieces == 1 else _folded(cut, sums, rows, State(None, None), reverse)[1]
+
+
+def _folded(cut: Plan, sums: Tensor, rows: Rows, state: State, reverse: bool) -> tuple[Tensor, Tensor]:
     """(states that enter the pieces, the state that leaves the last) from what each piece adds."""
     entering, last = torch.empty_like(sums), torch.empty_like(sums[:, :, 0])
     decays = None
@@ -776,31 +711,20 @@ def _folded(cut: Plan, sums: Tensor, rows: Rows, initial: Tensor | None, reverse
         decays = torch.nn.functional.pad(rows.decay, [0, missing]).unflatten(2, (cut.pieces, cut.span)).sum(-1)
     size = cut.key_dim * cut.width
     block = 256
+    ids, marks, _ = rows.groups or (None, None, 0)
     _fold[(cdiv(size, block), cut.batch * cut.key_heads)](
-        sums, initial, decays, rows.documents, rows.groups, entering, last, cut.tokens, cut.key_heads, size, cut.span,
+        sums, *state, decays, rows.documents, ids, marks, entering, last, cut.tokens, cut.key_heads, size, cut.span,
         cut.pieces, BLOCK=block, REVERSE=reverse, num_warps=2,
     )  # fmt: skip
     return entering, last
 
 
-def _sums(
-    cut: Plan,
-    y: Tensor | None,
-    u: Tensor | None,
-    inverse: Tensor | None,
-    drop: Tensor | None,
-    rows: Rows,
-    scale: float,
-    reverse: bool,
-) -> Tensor:
-    """[B, Hkv, pieces, slots, K, W]: what each piece adds to a state of zeros."""
+def _sums(cut: Plan, y: Tensor | None, u: Tensor | None, rows: Rows, **walk: Any) -> Tensor:
+    """[B, Hkv, pieces, K, W]: what each piece adds to a state of zeros."""
     sums = cut.empty_states(cut.pieces)
     if y is None:
         return sums.zero_()
-    _run(
-        cut, None, y, u, None, rows, None, sums, inverse=inverse, drop=drop, scale=scale, reverse=reverse,
-        normalize=cut.width > cut.value_dim,
-    )  # fmt: skip
+    _run(cut, None, y, u, None, rows, None, sums, normalize=cut.width > cut.value_dim, **walk)
     return sums
 
 
@@ -815,6 +739,7 @@ def _run(
     leaving: Tensor | None,
     states: Tensor | None = None,
     *,
+    opened: Tensor | None = None,
     result: Tensor | None = None,
     inverse: Tensor | None = None,
     drop: Tensor | None = None,
@@ -823,17 +748,28 @@ def _run(
     normalize: bool = False,
     transposed: bool = False,
     reverse: bool = False,
+    last: bool = False,
 ) -> None:
     x_dim, u_dim = (cut.value_dim, cut.key_dim) if transposed else (cut.key_dim, cut.value_dim)
     tile = cut.tile(x_dim, u_dim)
     shared = cut.heads // cut.key_heads
     heads = cut.key_heads if reverse or out is None else cut.heads
-    _walk[(cdiv(u_dim, tile.block), cut.batch * heads, cut.pieces)](
-        x, y, u, out, result, inverse, drop, *rows, entering, leaving, states, scale, eps,
-        heads=heads, x_dim=x_dim, u_dim=u_dim, span=cut.span, pieces=cut.pieces, BLOCK_X=_padded(x_dim),
-        BLOCK_U=tile.block, SHARED=heads // cut.key_heads, SHARING=shared if reverse else 1, NORMALIZE=normalize,
-        TRANSPOSED=transposed, REVERSE=reverse, **cut.shape, num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
+    pieces = 1 if last else cut.pieces
+    grid = (cdiv(u_dim, tile.block), cut.batch * heads, pieces)
+    sizes = cut.shape | {
+        "heads": heads, "x_dim": x_dim, "u_dim": u_dim, "span": cut.span, "pieces": pieces, "BLOCK_X": _padded(x_dim),
+        "BLOCK_U": tile.block, "SHARED": heads // cut.key_heads, "SHARING": shared if reverse else 1,
+        "NORMALIZE": normalize, "TRANSPOSED": transposed, "REVERSE": reverse, "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }  # fmt: skip
+    if rows.groups is None:
+        tensors = (x, y, u, out, result, inverse, drop, rows.decay, rows.documents, entering, leaving, states)
+        _walk[grid](*tensors, scale, eps, **sizes)
+    else:
+        ids, marks, most = rows.groups
+        tensors = (x, y, u, out, result, inverse, drop, ids, marks, entering, opened, leaving)
+        sizes |= {"DOCUMENTS": rows.documents is not None, "WHOLE": most <= cut.chunk, "LAST": last}
+        walk_groups[grid](*tensors, scale, eps, **sizes)
 
 
 def _decays(cut: Plan, q, k: Tensor, v: Tensor, dy, scalars, rows: Rows, states, adjoints, normalize: bool) -> Tensor:
@@ -843,10 +779,10 @@ def _decays(cut: Plan, q, k: Tensor, v: Tensor, dy, scalars, rows: Rows, states,
     ddecay = torch.empty_like(rows.decay)
     wide = cut.key_dim > 64
     _decay_gradients[(cut.chunks, cut.batch * cut.key_heads)](
-        q, k, v, dy, scalars.get("inverse"), scalars.get("drop"), *rows, states, adjoints, ddecay, scalars["scale"],
-        heads=cut.key_heads, key_dim=cut.key_dim, value_dim=cut.value_dim, BLOCK_K=_padded(cut.key_dim),
-        BLOCK_V=16 if wide else 32, SHARING=cut.heads // cut.key_heads, NORMALIZE=normalize,
-        **cut.shape, num_warps=8 if wide else 4,
+        q, k, v, dy, scalars.get("inverse"), scalars.get("drop"), rows.decay, rows.documents, states, adjoints, ddecay,
+        scalars["scale"], heads=cut.key_heads, key_dim=cut.key_dim, value_dim=cut.value_dim,
+        BLOCK_K=_padded(cut.key_dim), BLOCK_V=16 if wide else 32, SHARING=cut.heads // cut.key_heads,
+        NORMALIZE=normalize, **cut.shape, num_warps=8 if wide else 4,
     )  # fmt: skip
     return ddecay
 
@@ -857,25 +793,6 @@ def _chunk_states(cut: Plan) -> Tensor:
 
 def _per_token(cut: Plan) -> Tensor:
     return torch.empty(cut.batch, cut.heads, cut.tokens, dtype=torch.float32, device=cut.device)
-
-
-def split(state: Tensor | None, groups: Tensor | None, reverse: bool = False) -> Tensor | None:
-    """(completed, open) [B, Hkv, 2, K, W] from (both, open), or from (both, -open) of a gradient."""
-    if state is None or groups is None:
-        return None if state is None else state.contiguous()
-    opened = -state[:, :, 1] if reverse else state[:, :, 1]
-    return torch.stack([state[:, :, 0] - opened, opened], 2)
-
-
-def joined(state: Tensor, groups: Tensor | None, reverse: bool = False) -> Tensor:
-    """The inverse of `split`."""
-    if groups is None:
-        return state.contiguous()
-    completed, opened = state[:, :, 0], state[:, :, 1]
-    if reverse:
-        # The open group that entered may have been completed by the first token.
-        return torch.stack([completed + opened, -opened * (groups[:, 0] == 0)[:, None, None, None]], 2)
-    return torch.stack([completed + opened, opened], 2)
 
 
 def packed(*tensors: Tensor | None) -> list[Any]:

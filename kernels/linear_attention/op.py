@@ -52,7 +52,8 @@ def linear_attention(
         q: [B, T, H, K]. Heads H / Hkv at a time share a head of keys, which are not copied.
         k: [B, T, Hkv, K].
         v: [B, T, Hkv, V], K and V up to 256 for the kernel.
-        log_a: [B, T, Hkv] decays, finite and <= 0, None for 0. Those at document starts have no effect.
+        log_a: [B, T, Hkv] decays, finite and <= 0, None for 0. Those at document starts have no effect. With a group
+            only for the reference.
         initial_state: as `final_state`, None for zero. Enters rows whose first document continues.
         segments: documents of the piece; None for one run of tokens that continues, its first token at a group's start.
         group: tokens a group; None for ordinary causal attention. A piece may begin and end anywhere in a group.
@@ -81,8 +82,8 @@ def linear_attention(
         initial_state = initial_state[:, :, None] if group is None else initial_state
     decay, ids = _decay(log_a, segments, q, k, v), (documents_of(segments), _groups(segments, k, group))
     forward, adjoint = reference.forward, reference.adjoint
-    if _resolve(implementation, q, k, v) == "triton":
-        forward, adjoint = _forward, _adjoint
+    if _resolve(implementation, log_a, group, q, k, v) == "triton":
+        forward, adjoint = partial(_forward, group or 0), partial(_adjoint, group or 0)
     y, final, inverse, *_ = forward(q, k, v, decay, initial_state, *ids, float(scale), normalize, eps)
     if from_right is not None:
         slotless = group is None
@@ -116,8 +117,10 @@ def linear_attention_summarize(
     _check(k, v, log_a, segments, group)
     documents, groups = documents_of(segments), _groups(segments, k, group)
     decay = _decay(log_a, segments, k, v)
-    module = reference.summarize if _resolve(implementation, k, v) == "reference" else _summarize
-    state = module(k, v, decay, documents, groups, normalize)
+    summarize = reference.summarize
+    if _resolve(implementation, log_a, group, k, v) == "triton":
+        summarize = partial(_summarize, group or 0)
+    state = summarize(k, v, decay, documents, groups, normalize)
     kept = torch.ones_like(k[:, 0, 0, 0], dtype=torch.bool) if documents is None else documents[:, -1] == 0
     slots = [kept] if groups is None else [kept, kept & (groups[:, -1] == 0)]
     transition = torch.stack(slots, -1)[:, None].to(state.dtype).expand(-1, k.shape[2], -1)
@@ -178,7 +181,7 @@ def _check(k: Tensor, v: Tensor, log_a: Tensor | None, segments: Segments | None
         raise ValueError(f"group={group}, expected >= 1, or None for ordinary causal attention")
 
 
-def _resolve(implementation: str, *inputs: Tensor) -> str:
+def _resolve(implementation: str, log_a: Tensor | None, group: int | None, *inputs: Tensor) -> str:
     k, v = inputs[-2:]
     dtype = inputs[0].dtype
     for t in inputs:
@@ -189,6 +192,8 @@ def _resolve(implementation: str, *inputs: Tensor) -> str:
             raise TypeError(f"the inputs are {', '.join(str(t.dtype) for t in inputs)}; the kernel takes one dtype")
         if k.shape[3] > 256 or v.shape[3] > 256:
             raise ValueError(f"K={k.shape[3]}, V={v.shape[3]}: the kernel takes up to 256 of each")
+        if log_a is not None and group is not None:
+            raise ValueError(f"log_a with group={group}: the kernel takes one of them, implementation='reference' both")
     return chosen
 
 
@@ -229,6 +234,7 @@ def _state_dtype(*inputs: Tensor) -> torch.dtype:
 
 @opaque("linear_attention")
 def _forward(
+    group: int,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -242,11 +248,12 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from . import kernel
 
-    return kernel.forward(q, k, v, decay, initial, documents, groups, scale, normalize, eps)
+    return kernel.forward(group, q, k, v, decay, initial, documents, groups, scale, normalize, eps)
 
 
 @opaque("linear_attention_backward")
 def _backward(
+    group: int,
     dy: Tensor,
     dfinal: Tensor | None,
     q: Tensor,
@@ -263,20 +270,27 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     from . import kernel
 
-    return kernel.backward(dy, dfinal, q, k, v, decay, documents, groups, y, inverse, entering, scale, normalize)
+    return kernel.backward(group, dy, dfinal, q, k, v, decay, documents, groups, y, inverse, entering, scale, normalize)
 
 
 @opaque("linear_attention_summarize")
 def _summarize(
-    k: Tensor, v: Tensor, decay: Tensor | None, documents: Tensor | None, groups: Tensor | None, normalize: bool
+    group: int,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor | None,
+    documents: Tensor | None,
+    groups: Tensor | None,
+    normalize: bool,
 ) -> Tensor:
     from . import kernel
 
-    return kernel.summarize(k, v, decay, documents, groups, normalize)
+    return kernel.summarize(group, k, v, decay, documents, groups, normalize)
 
 
 @opaque("linear_attention_summarize_backward")
 def _summarize_backward(
+    group: int,
     dstate: Tensor,
     k: Tensor,
     v: Tensor,
@@ -287,7 +301,7 @@ def _summarize_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     from . import kernel
 
-    return kernel.summarize_backward(dstate, k, v, decay, documents, groups, normalize)
+    return kernel.summarize_backward(group, dstate, k, v, decay, documents, groups, normalize)
 
 
 def _slotted_shape(k: Tensor, v: Tensor, groups: Tensor | None, normalize: bool) -> tuple[int, ...]:
@@ -295,7 +309,7 @@ def _slotted_shape(k: Tensor, v: Tensor, groups: Tensor | None, normalize: bool)
 
 
 @_forward.register_fake
-def _(q, k, v, decay, initial, documents, groups, scale, normalize, eps):
+def _(group, q, k, v, decay, initial, documents, groups, scale, normalize, eps):
     from . import kernel
 
     batch, tokens, heads, _ = q.shape
@@ -306,46 +320,46 @@ def _(q, k, v, decay, initial, documents, groups, scale, normalize, eps):
 
 
 @_backward.register_fake
-def _(dy, dfinal, q, k, v, decay, documents, groups, y, inverse, entering, scale, normalize):
+def _(group, dy, dfinal, q, k, v, decay, documents, groups, y, inverse, entering, scale, normalize):
     ddecay = q.new_empty(0) if decay is None else decay.new_empty(decay.shape)
     dinitial = q.new_empty(_slotted_shape(k, v, groups, normalize), dtype=torch.float32)
     return *(t.new_empty(t.shape) for t in (q, k, v)), ddecay, dinitial
 
 
 @_summarize.register_fake
-def _(k, v, decay, documents, groups, normalize):
+def _(group, k, v, decay, documents, groups, normalize):
     return k.new_empty(_slotted_shape(k, v, groups, normalize), dtype=torch.float32)
 
 
 @_summarize_backward.register_fake
-def _(dstate, k, v, decay, documents, groups, normalize):
+def _(group, dstate, k, v, decay, documents, groups, normalize):
     return k.new_empty(k.shape), v.new_empty(v.shape), k.new_empty(0) if decay is None else decay.new_empty(decay.shape)
 
 
 def _save_forward(ctx, inputs, output):
-    q, k, v, decay, initial, documents, groups, ctx.scale, ctx.normalize, _ = inputs
+    ctx.group, q, k, v, decay, initial, documents, groups, ctx.scale, ctx.normalize, _ = inputs
     y, _, inverse, entering = output
     ctx.enters = initial is not None
     ctx.save_for_backward(q, k, v, decay, documents, groups, y, inverse, entering)
 
 
 def _forward_gradients(ctx, dy: Tensor | None, dfinal: Tensor | None, *_):
-    *_, y, _, _ = saved = ctx.saved_tensors
+    *_, decay, _, _, y, _, _ = saved = ctx.saved_tensors
     dy = torch.zeros_like(y) if dy is None else dy
-    *inputs, ddecay, dinitial = _backward(dy, dfinal, *saved, ctx.scale, ctx.normalize)
-    decays = saved[3] is not None
-    return *inputs, ddecay if decays else None, dinitial if ctx.enters else None, None, None, None, None, None
+    *inputs, ddecay, dinitial = _backward(ctx.group, dy, dfinal, *saved, ctx.scale, ctx.normalize)
+    states = (None if decay is None else ddecay, dinitial if ctx.enters else None)
+    return None, *inputs, *states, *[None] * 5
 
 
 def _save_summary(ctx, inputs, output):
-    *tensors, ctx.normalize = inputs
+    ctx.group, *tensors, ctx.normalize = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _summary_gradients(ctx, dstate: Tensor):
     saved = ctx.saved_tensors
-    dk, dv, ddecay = _summarize_backward(dstate, *saved, ctx.normalize)
-    return dk, dv, None if saved[2] is None else ddecay, None, None, None
+    dk, dv, ddecay = _summarize_backward(ctx.group, dstate, *saved, ctx.normalize)
+    return None, dk, dv, None if saved[2] is None else ddecay, None, None, None
 
 
 _forward.register_autograd(_forward_gradients, setup_context=_save_forward)

@@ -21,14 +21,16 @@ MODES = {
     "grouped sums": {"group": 5, "normalize": False},
 }
 modes = pytest.mark.parametrize("options", MODES.values(), ids=MODES)
+# A group longer than a chunk, which begins inside one.
+LONG = {"long groups": {"group": 20}, "long grouped sums": {"group": 100, "normalize": False}}
 decays = pytest.mark.parametrize("decays", [False, True], ids=["sums", "decays"])
 
 
 def make(
     batch, tokens, heads, key_dim, value_dim, dtype=torch.float64, device="cpu", shared=1, group=None, normalize=True,
-    decays=True, seed=0, **_,
+    decays=None, seed=0, **_,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """Inputs with positive features, and a state that keys could have left."""
+    """Inputs with positive features, and a state that keys could have left; without groups with decays."""
     rng = torch.Generator().manual_seed(seed)
 
     def draw(heads, *shape, length=tokens):
@@ -41,7 +43,7 @@ def make(
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     inputs = {name: t.to(device, dtype) for name, t in inputs.items()}
     inputs["initial_state"] = state.to(device, wide)
-    if decays:
+    if group is None if decays is None else decays:
         inputs["log_a"] = (-0.1 * draw(heads).exp()).to(device, wide)
     return {name: t.requires_grad_() for name, t in inputs.items()}
 
@@ -153,7 +155,7 @@ def test_reference_is_the_sum_over_pairs(options, decays, documents, tokens, ran
 def test_gradcheck(documents, random_segments):
     segments = random_segments(2, 5, device="cpu") if documents else None
     for options in MODES.values():
-        inputs = make(2, 5, 1, 2, 2, **options)
+        inputs = make(2, 5, 1, 2, 2, decays=True, **options)
         names = list(inputs)
 
         def op(*values, names=names, options=options):
@@ -187,25 +189,29 @@ CUTS = [
     ("normalized", True, False, 3),
     ("normalized", False, True, 1),
     ("grouped", False, False, 3),
-    ("grouped", True, True, 3),
-    ("grouped sums", True, False, 1),
+    ("grouped", False, True, 3),
+    ("grouped sums", False, False, 1),
     ("grouped sums", False, True, 3),
+    ("long groups", False, False, 1),
+    ("long groups", False, True, 3),
+    ("long grouped sums", False, False, 3),
 ]
 
 
 @pytest.mark.parametrize(("mode", "decays", "documents", "pieces"), CUTS, ids=str)
 def test_kernel_over_many_chunks_and_pieces(mode, decays, documents, pieces, device, monkeypatch):
     cut_short(monkeypatch, pieces)
-    inputs = make(1, 50, 1, 16, 16, torch.float32, device, shared=2, decays=decays, **MODES[mode])
+    options = (MODES | LONG)[mode]
+    inputs = make(1, 50, 1, 16, 16, torch.float32, device, shared=2, decays=decays, **options)
     segments = Segments.from_lengths([[9, 4, 37]], [3], device) if documents else None
-    kernel, reference = (run(inputs, segments, i, **MODES[mode]) for i in ("triton", "reference"))
-    assert_within_bar(kernel, reference, run_exact(inputs, segments, **MODES[mode]), torch.float32)
+    kernel, reference = (run(inputs, segments, i, **options) for i in ("triton", "reference"))
+    assert_within_bar(kernel, reference, run_exact(inputs, segments, **options), torch.float32)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("shape", [(2, 1000, 2, 64, 64), (1, 513, 2, 128, 80), (1, 300, 1, 256, 256)], ids=str)
-@modes
+@pytest.mark.parametrize("options", (MODES | LONG).values(), ids=MODES | LONG)
 def test_kernel_within_bar_at_length(options, dtype, shape, device, random_segments):
     if device != "cuda":
         pytest.skip("needs a CUDA GPU")
@@ -217,6 +223,7 @@ def test_kernel_within_bar_at_length(options, dtype, shape, device, random_segme
         else [(shared, decays, s) for shared, decays in ((1, False), (2, True)) for s in (None, segments)]
     )
     for shared, decays, s in cases:
+        decays &= "group" not in options
         inputs = make(*shape, dtype=dtype, device=device, shared=shared, decays=decays, **options)
         kernel, reference = (run(inputs, s, i, **options) for i in ("triton", "reference"))
         assert_within_bar(kernel, reference, run_exact(inputs, s, **options), dtype)
@@ -281,11 +288,9 @@ def test_summary_is_what_the_piece_does(implementation, options, documents, devi
 def test_a_piece_inside_a_group_keeps_it_open(implementation, device):
     segments = Segments.from_lengths([[7]], [9], device)
     inputs = make(1, 7, 1, 8, 4, torch.float32, device)
-    k, v, log_a = (inputs[name] for name in ("k", "v", "log_a"))
+    k, v = (inputs[name] for name in ("k", "v"))
     for group, opened in ((20, True), (16, True), (15, False), (9, False)):
-        state, transition = linear_attention_summarize(
-            k, v, log_a, segments, group=group, implementation=implementation
-        )
+        state, transition = linear_attention_summarize(k, v, None, segments, group=group, implementation=implementation)
         assert (transition[0, 0].flatten() > 0).tolist() == [True, opened]
         assert torch.equal(state[:, :, 0], state[:, :, 1]) == (opened or group == 9)
 
@@ -376,7 +381,7 @@ def test_compiles_and_checkpoints(implementation, group, device):
         given = dict(zip(names, values, strict=True))
         options = {"group": group, "implementation": implementation}
         y, final = linear_attention(**given, **options)
-        state, transition = linear_attention_summarize(given["k"], given["v"], given["log_a"], **options)
+        state, transition = linear_attention_summarize(given["k"], given["v"], given.get("log_a"), **options)
         return y.square().sum() + (final * (state + transition)).sum()
 
     values = list(inputs.values())
@@ -408,6 +413,8 @@ def test_bad_arguments_are_named(device):
     q, k, v = (t.to(device) for t in (q, k, v))
     with pytest.raises(ValueError, match=r"K=264, V=4: the kernel takes up to 256"):
         linear_attention(q.repeat(1, 1, 1, 33), k.repeat(1, 1, 1, 33), v, implementation="triton")
+    with pytest.raises(ValueError, match=r"log_a with group=2: the kernel takes one of them"):
+        linear_attention(q, k, v, log_a.to(device), group=2, implementation="triton")
     with pytest.raises(TypeError, match=r"the kernel takes one dtype"):
         linear_attention(q.half(), k, v, implementation="triton")
 
@@ -416,17 +423,18 @@ def test_bad_arguments_are_named(device):
 BUILD = """
 import triton.language as tl
 from sass import compiled, lost
-from longscan.kernels.linear_attention import kernel as linear
+from longscan.kernels.linear_attention import grouped, kernel as linear
 
 SINGLE = {"p_inverse", "p_drop", "p_decay", "p_decays", "p_ddecay", "p_entering", "p_leaving", "p_sums", "p_initial",
-          "p_last"}
+          "p_last", "p_opened"}
+INTEGERS = {"p_documents", "p_groups", "p_marks", "p_ids"}
 VALUES = {"C": 64, "BLOCK_X": 64, "BLOCK_U": 64, "BLOCK_K": 64, "BLOCK_V": 32, "BLOCK": 256, "SHARED": 1,
           "OPERAND": tl.bfloat16, "PRECISION": "tf32", "x_dim": 64, "u_dim": 64, "key_dim": 64, "value_dim": 64}
 
 
 def kind(name):
     if name.startswith("p_"):
-        return "*fp32" if name in SINGLE else "*i32" if name in {"p_documents", "p_groups"} else "*bf16"
+        return "*fp32" if name in SINGLE else "*i32" if name in INTEGERS else "*bf16"
     return "fp32" if name in {"scale", "eps"} else "i32"
 
 
@@ -443,20 +451,27 @@ build(linear._walk, "p_result", **every | {"TRANSPOSED": True, "REVERSE": True, 
 # The adjoint of a summary.
 alone = ("p_x", "p_out", "p_drop", "p_entering", "p_states")
 build(linear._walk, *alone, **every | {"TRANSPOSED": True, "REVERSE": True, "SHARING": 2})
-plain = ("p_result", "p_drop", "p_inverse", "p_decay", "p_documents", "p_groups", "p_states", "p_leaving")
+plain = ("p_result", "p_drop", "p_inverse", "p_decay", "p_documents", "p_states", "p_leaving")
 build(linear._walk, *plain, **every | {"NORMALIZE": False, "REVERSE": True})
 # Columns of 16 and a width of 40, where ptxas lost one.
 narrow = {"NORMALIZE": False, "TRANSPOSED": True, "x_dim": 40, "u_dim": 16, "BLOCK_U": 16}
-alone = ("p_result", "p_inverse", "p_drop", "p_groups", "p_leaving")
+alone = ("p_result", "p_inverse", "p_drop", "p_leaving")
 build(linear._walk, *alone, **every | narrow)
 build(linear._walk, *alone, **every | narrow | {"REVERSE": True})
 build(linear._decay_gradients, **every)
+grouped_walk = every | {"DOCUMENTS": True, "WHOLE": True, "LAST": False}
+build(grouped.walk_groups, "p_result", "p_drop", **grouped_walk)
+build(grouped.walk_groups, "p_leaving", **grouped_walk | {"TRANSPOSED": True, "WHOLE": False})
+build(grouped.walk_groups, "p_result", **grouped_walk | {"TRANSPOSED": True, "REVERSE": True, "SHARING": 2})
+alone = ("p_x", "p_out", "p_drop", "p_entering", "p_opened")
+build(grouped.walk_groups, *alone, **grouped_walk | {"TRANSPOSED": True, "REVERSE": True, "LAST": True})
 build(linear._fold, REVERSE=True)
+build(grouped._mark)
 """
 
 
 def test_kernels_compile_for_sm_90(tmp_path):
     pytest.importorskip("triton")
     lines = printed(BUILD, tmp_path)
-    assert len(lines) == 9 and all("True" in line for line in lines[:8]), f"no tensor cores: {lines}"
+    assert len(lines) == 14 and all("True" in line for line in lines[:12]), f"no tensor cores: {lines}"
     assert all(line.endswith("[]") for line in lines), f"ptxas lost registers: {lines}"
