@@ -114,7 +114,7 @@ def _padded(width: int) -> int:
 def _cut(tokens: int, rows: int, value_dim: int) -> tuple[int, int]:
     """(pieces, tokens a piece) of the rows of all heads."""
     programs, units = rows * -(-value_dim // 64), -(-tokens // UNIT)
-    pieces = 1 if programs >= ENOUGH else min(units, -(-PROGRAMS // programs))
+    pieces = 1 if programs >= ENOUGH else min(units, max(1, PROGRAMS // programs))
     span = -(-units // pieces)
     return -(-units // span), span * UNIT
 
