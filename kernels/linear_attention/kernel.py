@@ -38,8 +38,9 @@ from ..sizes import cdiv, next_power_of_2
 from .grouped import Groups, groups_of_piece, mark_groups, mark_of, walk_groups
 from .tokens import id_of, rows_of, scalars_of
 
-# Programs of a walk that fill a GPU of 132 SMs, and so many that cutting rows no longer pays for the second reading.
-PROGRAMS, ENOUGH = 396, 128
+# Programs of a walk that 132 SMs run at once, of 4 warps with 167 to 255 registers; and so many that cutting rows no
+# longer pays for the second reading.
+PROGRAMS, ENOUGH = 264, 128
 # Pieces are whole multiples of it.
 UNIT = 128
 # Tokens a chunk for 16-bit operands and for wider ones, whose tiles take twice the room, half as many above width 64.
