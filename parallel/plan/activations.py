@@ -162,15 +162,18 @@ def _linearized_parts(load: Load, options: LinearizedAttentionConfig) -> Iterato
     # The starts of groups; documents and groups; the inverse sums.
     yield 4 * tokens * (3 + heads * options.normalize)
     yield heads * element
-    sums = 2 * key_heads * 4 * load.micro_rows * features * (width + options.normalize)
-    yield sums * _cuts(load.piece, load.micro_rows * heads, width)
+    sums = key_heads * 4 * load.micro_rows * features * (width + options.normalize)
+    yield sums * (_cuts(load.piece, load.micro_rows * heads, width) + 1)
     yield _halo_rows(load, options.conv_taps - 1) * heads * width * element
 
 
 def _cuts(piece: int, rows: int, width: int) -> int:
-    """Pieces that the linear attention's kernel cuts a row into, a state kept for each: enough to fill a GPU."""
+    """Pieces that the linear attention's kernel cuts a row into but for the first group's own: what a GPU runs at once.
+
+    A state is kept for each.
+    """
     programs, units = rows * -(-width // 64), -(-piece // 128)
-    pieces = 1 if programs >= 128 else min(units, -(-396 // programs))
+    pieces = 1 if programs >= 128 else min(units, max(1, 264 // programs))
     return -(-units // -(-units // pieces))
 
 
