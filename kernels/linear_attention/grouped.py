@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..sizes import cdiv
-from .tokens import id_of, rows_of, scalars_of
+from .walks import id_of, load_state, rows_of, scalars_of, state_of, store_state
 
 BLOCK = 1024
 
@@ -237,23 +237,9 @@ def walk_groups(
     i_head = tl.program_id(1) % heads
     i_row = tl.program_id(1) // heads
     i_piece = tl.program_id(2)
-    state_heads = heads // SHARED
-    y_heads = state_heads * SHARING
-    i_state = (i_row * state_heads + i_head // SHARED).to(tl.int64)
-    o_x = tl.arange(0, BLOCK_X)
-    o_u = tl.program_id(0) * BLOCK_U + tl.arange(0, BLOCK_U)
-    o_z = (o_u if TRANSPOSED else o_x) * width + width - 1
-    in_z = (o_u < u_dim) if TRANSPOSED else (o_x < x_dim)
-    o_s = o_x[:, None] + o_u[None, :] * width if TRANSPOSED else o_x[:, None] * width + o_u[None, :]
-    in_s = (o_x[:, None] < x_dim) & (o_u[None, :] < u_dim)
-    size = (u_dim if TRANSPOSED else x_dim) * width
-    b_s = tl.zeros([BLOCK_X, BLOCK_U], tl.float32)
-    b_z = tl.zeros([BLOCK_U if TRANSPOSED else BLOCK_X], tl.float32)
-    if p_entering is not None:
-        p_entering += (i_state * pieces + i_piece) * size
-        b_s = tl.load(p_entering + o_s, mask=in_s, other=0.0)
-        if NORMALIZE:
-            b_z = tl.load(p_entering + o_z, mask=in_z, other=0.0)
+    y_heads = heads // SHARED * SHARING
+    i_state, o_x, o_u, size, place = state_of(heads, width, x_dim, u_dim, BLOCK_X, BLOCK_U, SHARED, TRANSPOSED)
+    b_s, b_z = load_state(p_entering, i_state * pieces + i_piece, size, place, NORMALIZE)
     if LAST:
         i_last = id_of(p_groups, i_row, tokens - 1, tokens)
         first = i_last * 0 if REVERSE else i_last
@@ -286,14 +272,11 @@ def walk_groups(
             b_s *= kept
             b_z *= kept
     if LAST and p_opened is not None:
-        b_s += tl.load(p_opened + i_state * size + o_s, mask=in_s & (i_last == 0), other=0.0)
-        if NORMALIZE:
-            b_z += tl.load(p_opened + i_state * size + o_z, mask=in_z & (i_last == 0), other=0.0)
-    if p_leaving is not None:
-        p_leaving += (i_state * pieces + i_piece) * size
-        tl.store(p_leaving + o_s, b_s, mask=in_s)
-        if NORMALIZE:
-            tl.store(p_leaving + o_z, b_z, mask=in_z)
+        b_more, b_more_z = load_state(p_opened, i_state, size, place, NORMALIZE)
+        entered = (i_last == 0).to(tl.float32)
+        b_s += entered * b_more
+        b_z += entered * b_more_z
+    store_state(p_leaving, i_state * pieces + i_piece, size, place, b_s, b_z, NORMALIZE)
 
 
 def mark_groups(ids: Tensor, documents: Tensor | None, size: int) -> Groups:

@@ -36,7 +36,7 @@ from torch import Tensor
 from ..dispatch import on
 from ..sizes import cdiv, next_power_of_2
 from .grouped import Groups, groups_of_piece, mark_groups, mark_of, walk_groups
-from .tokens import id_of, rows_of, scalars_of
+from .walks import id_of, load_state, rows_of, scalars_of, state_of, store_state
 
 # Programs of a walk that 132 SMs run at once, of 4 warps with 167 to 255 registers; and so many that cutting rows no
 # longer pays for the second reading.
@@ -202,23 +202,9 @@ def _walk(
     i_head = tl.program_id(1) % heads
     i_row = tl.program_id(1) // heads
     i_piece = tl.program_id(2)
-    state_heads = heads // SHARED
-    y_heads = state_heads * SHARING
-    i_state = i_row * state_heads + i_head // SHARED
-    o_x = tl.arange(0, BLOCK_X)
-    o_u = tl.program_id(0) * BLOCK_U + tl.arange(0, BLOCK_U)
-    o_z = (o_u if TRANSPOSED else o_x) * width + width - 1
-    in_z = (o_u < u_dim) if TRANSPOSED else (o_x < x_dim)
-    o_s = o_x[:, None] + o_u[None, :] * width if TRANSPOSED else o_x[:, None] * width + o_u[None, :]
-    in_s = (o_x[:, None] < x_dim) & (o_u[None, :] < u_dim)
-    size = (u_dim if TRANSPOSED else x_dim) * width
-    b_s = tl.zeros([BLOCK_X, BLOCK_U], tl.float32)
-    b_z = tl.zeros([BLOCK_U if TRANSPOSED else BLOCK_X], tl.float32)
-    o_piece = (i_state.to(tl.int64) * pieces + i_piece) * size
-    if p_entering is not None:
-        b_s = tl.load(p_entering + o_piece + o_s, mask=in_s, other=0.0)
-        if NORMALIZE:
-            b_z = tl.load(p_entering + o_piece + o_z, mask=in_z, other=0.0)
+    y_heads = heads // SHARED * SHARING
+    i_state, o_x, o_u, size, place = state_of(heads, width, x_dim, u_dim, BLOCK_X, BLOCK_U, SHARED, TRANSPOSED)
+    b_s, b_z = load_state(p_entering, i_state * pieces + i_piece, size, place, NORMALIZE)
     first = i_piece * (span // C)
     count = tl.cdiv(tl.minimum(span, tokens - i_piece * span), C)
     for i in range(0, count):
@@ -236,11 +222,7 @@ def _walk(
             total = tl.sum(b_a, 0)
             b_rest = tl.minimum(tl.cumsum(b_a, 0, reverse=True) - b_a, 0.0)
             b_a = tl.cumsum(b_a, 0)
-        if p_states is not None:
-            p_state = p_states + (i_state.to(tl.int64) * tl.cdiv(tokens, C) + i_chunk) * size
-            tl.store(p_state + o_s, b_s.to(p_states.dtype.element_ty), mask=in_s)
-            if NORMALIZE:
-                tl.store(p_state + o_z, b_z.to(p_states.dtype.element_ty), mask=in_z)
+        store_state(p_states, i_state * tl.cdiv(tokens, C) + i_chunk, size, place, b_s, b_z, NORMALIZE)
         if p_out is not None:
             b_x = rows_of(p_x, i_row, i_head, begin, tokens, o_x, tokens, heads, x_dim, C)
             if NORMALIZE and TRANSPOSED:
@@ -340,10 +322,7 @@ def _walk(
             o_row = (tl.arange(0, C) * (heads * u_dim))[:, None] + o_u[None, :]
             mask = (o_t[:, None] < tokens) & (o_u[None, :] < u_dim)
             tl.store(p_row + o_row, b_o.to(p_out.dtype.element_ty), mask=mask)
-    if p_leaving is not None:
-        tl.store(p_leaving + o_piece + o_s, b_s, mask=in_s)
-        if NORMALIZE:
-            tl.store(p_leaving + o_piece + o_z, b_z, mask=in_z)
+    store_state(p_leaving, i_state * pieces + i_piece, size, place, b_s, b_z, NORMALIZE)
 
 
 @triton.jit
