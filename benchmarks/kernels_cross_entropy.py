@@ -75,7 +75,8 @@ def candidates() -> None:
     """Prints the times of the softmax passes by their cuts, of a chunk's parts, and of the whole by its chunks."""
     inputs, labels = inputs_of(*SHAPES[0])
     hidden, weight = (t.detach() for t in inputs)
-    _print_softmax(weight.shape[0], labels[:3328])
+    for vocabulary in VOCABULARIES:
+        _print_softmax(vocabulary, labels[: 3328 * 32000 // vocabulary])
     count, width = hidden.shape
     for name, whole in (("rows whole", kernel.WHOLE), ("rows by parts", 0)):
         with _set(kernel, "WHOLE", whole):
@@ -132,29 +133,31 @@ def _print_parts(hidden: Tensor, weight: Tensor, labels: Tensor, rows: int) -> N
     _print("dweight to bf16", lambda: dweight.to(torch.bfloat16))
 
 
-# Bytes of rows kept whole, values a thread, rows in hand, warps of a processor; then columns and warps where not.
+# Bytes of rows kept whole, values a thread, rows in hand, warps of a processor; then columns and warps where not, for
+# sums as for gradients.
 SOFTMAX = [
-    (65536, 64, 3, 16, 8192, 8),
+    (65536, 64, 3, 16, 32768, 32),
     (65536, 32, 3, 32, 8192, 8),
-    (65536, 64, 2, 16, 8192, 8),
-    (65536, 64, 4, 16, 8192, 8),
-    (65536, 32, 2, 32, 8192, 8),
-    (65536, 64, 1, 16, 8192, 8),
-    (0, 64, 3, 16, 8192, 8),
-    (0, 64, 3, 16, 8192, 16),
+    (65536, 64, 2, 16, 8192, 16),
+    (65536, 64, 4, 16, 16384, 16),
+    (65536, 32, 2, 32, 16384, 32),
+    (65536, 64, 1, 16, 4096, 4),
     (0, 64, 3, 16, 4096, 8),
 ]
+VOCABULARIES = (32000, 50257, 128256, 256000)
 
 
 def _print_softmax(vocabulary: int, labels: Tensor) -> None:
-    logits = torch.randn(labels.shape[0], vocabulary, device="cuda", dtype=torch.bfloat16)
+    columns = chunks.aligned(vocabulary, 2)
+    logits = torch.randn(labels.shape[0], columns, device="cuda", dtype=torch.bfloat16)[:, :vocabulary]
+    labels = labels % vocabulary
     losses, *by = torch.rand(5, labels.shape[0], device="cuda")
-    names = ("WHOLE", "VALUES", "STAGES", "PROCESSOR_WARPS", "BLOCK", "WARPS")
+    names = ("WHOLE", "VALUES", "STAGES", "PROCESSOR_WARPS", "BLOCK", "WARPS", "SUMS", "SUMS_WARPS")
     for sizes in SOFTMAX:
         with contextlib.ExitStack() as standing:
-            for name, size in zip(names, sizes, strict=True):
+            for name, size in zip(names, (*sizes, *sizes[-2:]), strict=True):
                 standing.enter_context(_set(kernel, name, size))
-            label = ", ".join(f"{n} {s}" for n, s in zip(names, sizes, strict=True))
+            label = ", ".join([f"{vocabulary} columns", *(f"{n} {s}" for n, s in zip(names, sizes, strict=False))])
             time = time_or_error(lambda: kernel.loss_and_gradient_(logits, labels, *PLAIN, losses))
             print(f"loss and gradient, {label}: {time}", flush=True)
             time = time_or_error(lambda: kernel.statistics(logits, labels, 0.0, by))

@@ -2,8 +2,10 @@
 
 One chunk of logits exists at a time, in the dtype of the hidden states, and becomes its own gradient in place. A
 gradient to which every chunk adds is summed in fp32 (fp64 for fp64), in the order of the chunks: the weight's where a
-chunk is a block of rows, that of the hidden states where it is a block of the vocabulary. A vocabulary that is no
-multiple of ALIGNED gets columns more, whose logits and gradients are 0.
+chunk is a block of rows, that of the hidden states where it is a block of the vocabulary.
+
+Rows of logits begin at multiples of 16 bytes. A vocabulary that is no whole number of those gets columns more: those of
+a copy of the weight with rows of zeros, whose logits' gradients are 0.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..dispatch import processors
+from ..sizes import cdiv
 from .reference import Pieces, compute_dtype
 
 # A chunk's least rows or columns, below which the sum over chunks costs more than the products, and its most rows,
@@ -24,13 +27,16 @@ from .reference import Pieces, compute_dtype
 FEWEST, MOST_ROWS = 1024, 5120
 # The outputs that one processor of a GPU makes at a time in cuBLAS's fastest product.
 TILE, TILE_WIDTH = 128, 256
-# The weight gets rows of zeros up to a multiple of this. By 50,257 columns cuBLAS multiplies at an eighth of its rate,
-# and the softmax passes move two bytes at a time; 50,272 cost a copy of the weight.
+# Such a vocabulary is rounded up to a multiple of this. By 50,257 columns cuBLAS multiplies at an eighth of its rate,
+# and the softmax passes move two bytes at a time.
 ALIGNED = 16
 
 
 def chunk_rows(rows: int, width: int, processors: int) -> int:
-    """Rows a chunk. Its logits take 1/8 of all, and the room of the 16-bit gradient of the weight, not made yet."""
+    """Rows a chunk. Its logits take 1/8 of all, and the room of the 16-bit gradient of the weight, not made yet.
+
+    A copy of the weight comes on top.
+    """
     return _filling(rows, min(MOST_ROWS, rows // 8 + width), width, processors)
 
 
@@ -75,9 +81,9 @@ def loss_and_gradients(
     losses = hidden.new_empty(hidden.shape[0], dtype=compute_dtype(hidden))
     vocabulary, weight = weight.shape[0], _aligned(weight)
     dhidden, dweight = torch.empty_like(hidden), _sum_like(weight)
-    for rows, logits in _row_chunks(hidden, weight):
-        within = logits[:, :vocabulary]
+    for rows, logits, within, beyond in _row_chunks(hidden, weight, vocabulary):
         softmax.loss_and_gradient_(within, labels[rows], ignored, z_loss, smoothing, cap, losses[rows])
+        beyond.zero_()
         torch.mm(logits, weight, out=dhidden[rows])
         _accumulate(dweight, logits.t(), hidden[rows], first=rows.start == 0)
     return losses, dhidden, dweight[:vocabulary]
@@ -86,9 +92,8 @@ def loss_and_gradients(
 def pieces(softmax: ModuleType, hidden: Tensor, weight: Tensor, labels: Tensor, cap: float) -> Pieces:
     """(highest, total, target, spread) [N] over the rows of `weight`, with labels counted from its first."""
     highest, total, target, spread = (hidden.new_empty(hidden.shape[0], dtype=compute_dtype(hidden)) for _ in range(4))
-    for rows, logits in _row_chunks(hidden, _aligned(weight)):
-        out = highest[rows], total[rows], target[rows], spread[rows]
-        softmax.statistics(logits[:, : weight.shape[0]], labels[rows], cap, out)
+    for rows, _, within, _ in _row_chunks(hidden, _aligned(weight), weight.shape[0]):
+        softmax.statistics(within, labels[rows], cap, (highest[rows], total[rows], target[rows], spread[rows]))
     return highest, total, target, spread
 
 
@@ -104,43 +109,55 @@ def pieces_gradients(
     vocabulary, weight = weight.shape[0], _aligned(weight)
     if hidden.shape[0] >= vocabulary:
         dhidden, dweight = torch.empty_like(hidden), _sum_like(weight)
-        for rows, logits in _row_chunks(hidden, weight):
+        for rows, logits, within, beyond in _row_chunks(hidden, weight, vocabulary):
             part = (highest[rows], by_total[rows], by_target[rows], by_spread[rows])
-            softmax.gradient_(logits[:, :vocabulary], labels[rows], part, cap)
+            softmax.gradient_(within, labels[rows], part, cap)
+            beyond.zero_()
             torch.mm(logits, weight, out=dhidden[rows])
             _accumulate(dweight, logits.t(), hidden[rows], first=rows.start == 0)
     else:
         dhidden, dweight = _sum_like(hidden), torch.empty_like(weight)
-        for columns, logits in _column_chunks(hidden, weight, vocabulary):
-            softmax.gradient_(logits[:, : vocabulary - columns.start], labels, by, cap, columns.start)
+        for columns, logits, within, beyond in _column_chunks(hidden, weight, vocabulary):
+            softmax.gradient_(within, labels, by, cap, columns.start)
+            beyond.zero_()
             torch.mm(logits.t(), hidden, out=dweight[columns])
             _accumulate(dhidden, logits, weight[columns], first=columns.start == 0)
     return dhidden, dweight[:vocabulary]
 
 
+def aligned(vocabulary: int, element: int) -> int:
+    """The columns of a row of logits of `element` bytes each."""
+    return vocabulary if vocabulary * element % 16 == 0 else cdiv(vocabulary, ALIGNED) * ALIGNED
+
+
 def _aligned(weight: Tensor) -> Tensor:
-    missing = -weight.shape[0] % ALIGNED
+    missing = aligned(weight.shape[0], weight.element_size()) - weight.shape[0]
     return F.pad(weight, [0, 0, 0, missing]) if missing else weight
 
 
-def _row_chunks(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """(rows, their logits [n, V]) in order, all in one buffer."""
+Chunk = tuple[slice, Tensor, Tensor, Tensor]
+
+
+def _row_chunks(hidden: Tensor, weight: Tensor, vocabulary: int) -> Iterator[Chunk]:
+    """(rows, their logits, those within the vocabulary, those beyond) in order, all in one buffer."""
     count = hidden.shape[0]
     step = min(count, chunk_rows(count, hidden.shape[1], processors(hidden)))
     buffer = hidden.new_empty(step * weight.shape[0])
     for start in range(0, count, step):
         rows = slice(start, min(start + step, count))
-        yield rows, _logits(hidden[rows], weight, buffer)
+        logits = _logits(hidden[rows], weight, buffer)
+        yield rows, logits, logits[:, :vocabulary], logits[:, vocabulary:]
 
 
-def _column_chunks(hidden: Tensor, weight: Tensor, vocabulary: int) -> Iterator[tuple[slice, Tensor]]:
-    """(columns, their logits [N, v]) in order, all in one buffer; the last has the columns beyond the vocabulary."""
+def _column_chunks(hidden: Tensor, weight: Tensor, vocabulary: int) -> Iterator[Chunk]:
+    """(columns, their logits, those within the vocabulary, those beyond: of the last chunk) in order, in one buffer."""
     step = min(vocabulary, chunk_columns(hidden.shape[0], vocabulary, weight.shape[1], processors(hidden)))
     buffer = hidden.new_empty(hidden.shape[0] * (step + weight.shape[0] - vocabulary))
     for start in range(0, vocabulary, step):
         stop = start + step
         columns = slice(start, stop if stop < vocabulary else weight.shape[0])
-        yield columns, _logits(hidden, weight[columns], buffer)
+        logits = _logits(hidden, weight[columns], buffer)
+        yield columns, logits, logits[:, : vocabulary - start], logits[:, vocabulary - start :]
 
 
 def _logits(hidden: Tensor, weight: Tensor, buffer: Tensor) -> Tensor:

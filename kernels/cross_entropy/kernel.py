@@ -3,8 +3,8 @@
 A row of at most WHOLE bytes is read once and kept in registers, by programs that stay and fetch their next rows into
 shared memory while they work on one. A longer one is read twice, the second time from L2 where it is still there, by a
 program of its own. Where rows begin at multiples of 16 bytes so much is moved at a time, whatever the number of
-columns: what lies between a row's last and the next multiple belongs to the row, is read and counts for nothing, and
-becomes 0 where the gradient is written. Every sum has one fixed order, so bits repeat. The maths is in reference.py.
+columns: what lies between a row's last and the next multiple is read, counts for nothing, and becomes anything where
+the gradient is written. Every sum has one fixed order, so bits repeat. The maths is in reference.py.
 """
 
 # The types of jitted functions and of their launches are beyond a type checker.
@@ -31,12 +31,18 @@ WHOLE, VALUES, STAGES = 65536, 64, 3
 # Warps of a processor that works on whole rows: so many leave each thread 128 registers.
 PROCESSOR_WARPS = 16
 # Columns a step of a longer row and its warps: for its sums, and where its gradient follows. One program of so many
-# warps fills a processor, and of so few rows at a time L2 keeps more: of 128,256 columns on an H100 that is 1.41 times
-# a copy, programs of 8 warps take 1.7.
+# warps fills a processor, and of so few rows at a time L2 keeps more: the gradient of 128,256 columns then takes 1.41
+# times a copy on an H100, by 8,192 columns and 8 warps 1.74.
 SUMS, SUMS_WARPS = 4096, 4
 BLOCK, WARPS = 32768, 32
 # Columns of a program where a row has no sums.
 PART, PART_WARPS = 2048, 4
+
+
+@triton.jit
+def _row(p_logits, i_row, stride, LANES: tl.constexpr):
+    """Where a row begins; the division tells Triton that it is a multiple of LANES, which is 1 where it may not be."""
+    return p_logits + tl.cast(i_row, tl.int64) * (stride // LANES * LANES)
 
 
 @triton.jit
@@ -145,12 +151,12 @@ def _row_gradient(
 ):
     """Overwrites BLOCK logits of a row from `start` on by their gradient."""
     o_column = start + tl.arange(0, BLOCK)
-    readable, mask = o_column < _readable(columns, LANES), o_column < columns
-    b = _scores(p_row, o_column, readable, mask, 0.0, cap, CAPPED)
+    readable = o_column < _readable(columns, LANES)
+    b = _scores(p_row, o_column, readable, readable, 0.0, cap, CAPPED)
     b_weight = tl.exp2(b * LOG2_E - highest * LOG2_E)
     b_by_target = tl.where(o_column == i_label, by_target, 0.0)
     b_grad = _score_gradient(b, b_weight, b_by_target, by_total, by_spread, cap, CAPPED)
-    tl.store(p_row + o_column, tl.where(mask, b_grad, 0.0).to(p_row.dtype.element_ty), mask=readable)
+    tl.store(p_row + o_column, b_grad.to(p_row.dtype.element_ty), mask=readable)
 
 
 @triton.jit
@@ -173,7 +179,7 @@ def _statistics(
 ):
     """A block's statistics; COLUMNS is 0 for rows that are not read whole."""
     for i_row in tl.range(tl.program_id(0), rows, tl.num_programs(0), num_stages=STAGES):
-        p_row = p_logits + tl.cast(i_row, tl.int64) * stride
+        p_row = _row(p_logits, i_row, stride, LANES)
         i_label = tl.load(p_labels + i_row)
         if COLUMNS > 0:
             o_column, readable, mask = _columns(COLUMNS, BLOCK, LANES)
@@ -204,9 +210,9 @@ def _gradient(
     BLOCK: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    i_row = tl.program_id(0).to(tl.int64)
+    i_row = tl.program_id(0)
     _row_gradient(
-        p_logits + i_row * stride,
+        _row(p_logits, i_row, stride, LANES),
         tl.load(p_labels + i_row) - first,
         tl.program_id(1) * BLOCK,
         columns,
@@ -252,7 +258,7 @@ def _loss_and_gradient(
 ):
     """A block's losses, and its gradient in its place; COLUMNS is 0 for rows that are not read whole."""
     for i_row in tl.range(tl.program_id(0), rows, tl.num_programs(0), num_stages=STAGES):
-        p_row = p_logits + tl.cast(i_row, tl.int64) * stride
+        p_row = _row(p_logits, i_row, stride, LANES)
         i_label = tl.load(p_labels + i_row)
         if COLUMNS > 0:
             o_column, readable, mask = _columns(COLUMNS, BLOCK, LANES)
@@ -271,8 +277,6 @@ def _loss_and_gradient(
         if COLUMNS > 0:
             b_by_target = _label_alone(i_label, by_target, BLOCK, LANES)
             b_grad = _score_gradient(b, b_weight, b_by_target, by_total, by_spread, cap, CAPPED)
-            if COLUMNS % LANES:
-                b_grad = tl.where(mask, b_grad, 0.0)
             tl.store(p_row + o_column, b_grad.to(p_row.dtype.element_ty), mask=readable)
         else:
             # The label's logit is read before the row is overwritten.
@@ -301,7 +305,8 @@ def statistics(logits: Tensor, labels: Tensor, soft_cap: float, out: Pieces) -> 
 def gradient_(logits: Tensor, labels: Tensor, by: Pieces, cap: float, first: int = 0) -> None:
     """Overwrites the logits by their gradient; `by` is highest and the gradients of total, target and spread, each [n].
 
-    The labels are counted from a column that is `first` columns before these logits.
+    The labels are counted from a column that is `first` columns before these logits. Columns beyond, up to the next 16
+    bytes, are overwritten too, here and by `loss_and_gradient_`.
     """
     coefficients = [t.contiguous() for t in by]
     rows, columns = logits.shape

@@ -161,6 +161,7 @@ def _linearized_parts(load: Load, options: LinearizedAttentionConfig) -> Iterato
     yield (3 * heads + 2 * key_heads * divided) * tokens * width * element
     # The starts of groups; documents and groups; the inverse sums.
     yield 4 * tokens * (3 + heads * options.normalize)
+    # Each head's factor; the states that enter the pieces.
     yield heads * element
     sums = key_heads * 4 * load.micro_rows * features * (width + options.normalize)
     yield sums * (_cuts(load.piece, load.micro_rows * heads, width) + 1)
@@ -168,10 +169,7 @@ def _linearized_parts(load: Load, options: LinearizedAttentionConfig) -> Iterato
 
 
 def _cuts(piece: int, rows: int, width: int) -> int:
-    """Pieces that the linear attention's kernel cuts a row into but for the first group's own: what a GPU runs at once.
-
-    A state is kept for each.
-    """
+    """Pieces that the linear attention's kernel cuts a row into, as many as a GPU runs at once; one more is a group."""
     programs, units = rows * -(-width // 64), -(-piece // 128)
     pieces = 1 if programs >= 128 else min(units, max(1, 264 // programs))
     return -(-units // -(-units // pieces))

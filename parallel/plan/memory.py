@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from ...kernels.cross_entropy.chunks import chunk_rows
+from ...kernels.cross_entropy.chunks import aligned, chunk_rows
 from ...models.config import ModelConfig
 from ...models.mixer_config import AttentionConfig, HeadsConfig, MixerConfig, RGLRUConfig, ShortConvConfig
 from ...models.tiles import TILE
@@ -102,7 +102,9 @@ def temporaries(load: Load, stage: int = 0) -> dict[str, int]:
     if last:
         vocabulary = -(-model.vocab_size // load.dims.tensor)
         rows = min(tokens, chunk_rows(tokens, width, PROCESSORS))
-        logits = rows * vocabulary * element
+        columns = aligned(vocabulary, element)
+        # A chunk's logits, and the copy of a weight that was rounded up.
+        logits = (rows * columns + (columns != vocabulary) * columns * width) * element
         # The gradients of the table and of the hidden states, handed on after the chunk's logits are gone.
         handed_on = (vocabulary + tokens) * width * element
         found["the loss"] = max(logits, handed_on) + (4 * vocabulary * width if load.dims.tensor > 1 else 0)

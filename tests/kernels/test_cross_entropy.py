@@ -1,6 +1,7 @@
 """linear_cross_entropy held to torch's own cross entropy in float64."""
 
 import importlib
+import math
 
 import pytest
 import torch
@@ -50,7 +51,7 @@ def short_chunks(monkeypatch):
 
 @pytest.fixture(params=[1, 16])
 def alignment(request, monkeypatch):
-    """Rows of logits end to end, and with room between them, which holds NaN as all new tensors do."""
+    """Rows of logits as long as the vocabulary, and rounded up."""
     monkeypatch.setattr(chunks, "ALIGNED", request.param)
 
 
@@ -157,6 +158,27 @@ def test_kernel_of_programs_that_stay(vocabulary, reduction, options, device, mo
     kernel_against_bar(torch.float32, {**options, "reduction": reduction}, (9, 5, vocabulary), device)
 
 
+@aligned
+@pytest.mark.filterwarnings("ignore:overflow")
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "parts"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize(("rows", "vocabulary"), [(4, 3), (4, 37), (40, 37)])
+def test_columns_beyond_the_vocabulary_count_for_nothing(rows, vocabulary, dtype, whole, device, monkeypatch):
+    """All logits are so low that a column of zeros beyond them would be all of the softmax, and its weight infinite."""
+    from longscan.kernels.cross_entropy import kernel
+
+    if not whole:
+        monkeypatch.setattr(kernel, "WHOLE", 0)
+    hidden = torch.ones(rows, 2, device=device, dtype=dtype, requires_grad=True)
+    weight = torch.full((vocabulary, 2), -100.0, device=device, dtype=dtype, requires_grad=True)
+    labels = torch.arange(rows, device=device) % vocabulary
+    for reduction in ("sum", "none"):
+        loss = linear_cross_entropy(hidden, weight, labels, reduction=reduction, implementation="triton").sum()
+        dhidden, dweight = torch.autograd.grad(loss, [hidden, weight])
+        torch.testing.assert_close(loss.item(), rows * math.log(vocabulary), rtol=1e-3, atol=0)
+        assert dhidden.isfinite().all() and dweight.isfinite().all()
+
+
 @pytest.mark.gpu
 @options_given
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
@@ -240,13 +262,18 @@ SIZES = [(16384, 2560, 32000), (32768, 2048, 50257), (131072, 1024, 32000), (100
 
 @pytest.mark.parametrize(("rows", "width", "vocabulary"), SIZES)
 def test_chunks_hold_an_eighth_of_the_logits_beyond_gradients(rows, width, vocabulary):
-    """Of 16-bit inputs: in bytes, without the gradients and one fp32 gradient of the weight."""
+    """Of 16-bit inputs: in bytes, without the gradients, one fp32 gradient of the weight and a copy of it."""
     eighth = 2 * rows * vocabulary // 8
     wide, narrow = 4 * vocabulary * width, 2 * vocabulary * width
-    held = 2 * vocabulary * chunks.chunk_rows(rows, width, 132)
+    held = 2 * chunks.aligned(vocabulary, 2) * chunks.chunk_rows(rows, width, 132)
     assert held - narrow <= eighth  # the forward pass: the weight's gradient is in fp32 only
     held = 2 * rows * chunks.chunk_columns(rows, vocabulary, width, 132)
     assert rows >= vocabulary or held + 2 * rows * width - wide <= eighth
+
+
+@pytest.mark.parametrize(("vocabulary", "element", "columns"), [(50257, 2, 50272), (50264, 2, 50264), (10, 4, 16)])
+def test_rows_of_logits_begin_at_16_bytes(vocabulary, element, columns):
+    assert chunks.aligned(vocabulary, element) == columns
 
 
 def test_chunks_fill_the_processors():
