@@ -50,6 +50,7 @@ LONG, SHORT = (1, 16, 32768), (8, 16, 2048)
 CASES = (
     *(Case(*shape, dim) for dim in (64, 128) for shape in (LONG, SHORT)),
     *(Case(*LONG, 64, mode) for mode in ("normalized", "decays", "group 64")),
+    Case(*SHORT, 64, "group 64"),
     Case(*LONG, 128, "group 64"),
     *(Case(1, 16, tokens, 64) for tokens in (2048, 8192, 131072)),
 )
@@ -114,7 +115,7 @@ T = kernel.Tile
 CANDIDATES: tuple[dict[str, Any], ...] = (
     {},
     {"tile": T(64, 4, 2)},
-    {"PROGRAMS": 264},
+    {"PROGRAMS": 396},
     {"PROGRAMS": 792, "ENOUGH": 2**30},
     {"PROGRAMS": 264, "ENOUGH": 2**30},
     {"tile": T(64, 8, 2), "CHUNK": 128},

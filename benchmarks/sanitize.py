@@ -137,7 +137,7 @@ def attention(
 
 def linear_attention(rows: int, tokens: int, segments: Segments, dtype: torch.dtype) -> None:
     """Both entry points from a state, with decays and with groups, and a step."""
-    for heads, key_heads, dim, group in ((4, 2, 64, None), (3, 3, 24, 33)):
+    for heads, key_heads, dim, group in ((4, 2, 64, None), (3, 3, 24, 33), (4, 2, 64, 70)):
         q, k = (torch.rand(rows, tokens, n, dim, device=DEVICE, dtype=dtype) for n in (heads, key_heads))
         v = draw(rows, tokens, key_heads, dim, dtype=dtype)
         log_a = None if group else torch.rand(rows, tokens, key_heads, device=DEVICE, dtype=dtype).neg()

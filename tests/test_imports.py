@@ -21,6 +21,8 @@ OWNERS = {
     "triton": (
         "kernels/*/kernel.py",
         "kernels/attention/hopper.py",
+        "kernels/linear_attention/grouped.py",
+        "kernels/linear_attention/walks.py",
         "kernels/linear_scan/chain.py",
         "kernels/partials.py",
         "kernels/precompile.py",

@@ -1,9 +1,9 @@
 """Linear attention across groups in Triton: a walk from group to group, with one state and no quadratic form.
 
-A token sees the tokens of other groups alone, so all tokens of a group read one state, to which those of its own are
-added afterwards. Groups begin anywhere, at every document anew; `mark_groups` lists where. A piece of a row is the
-groups that begin in it, but for the first group walked, a piece of its own: behind it the open part of the state that
-entered joins the rest, which kernel.py does as it folds pieces. The passes are kernel.py's.
+A token sees only the groups completed before its own, so all tokens of a group read one state, to which they are added
+afterwards. Groups begin anywhere, at every document anew; `mark_groups` lists where. A row is cut in spans of tokens,
+and the groups that begin in a span are a piece. The first group walked is a piece of its own: behind it the open part
+of the state that entered joins the rest, which kernel.py does as it folds pieces. The passes are kernel.py's.
 """
 
 # The types of jitted functions and of their launches are beyond a type checker.
@@ -29,8 +29,9 @@ class Groups(NamedTuple):
 
     Attributes:
         ids: int32 [B, T], each token's group, numbered one after the other; 0 entered.
-        marks: int32 [B, T + 2], of each group up to one beyond the last: twice its first token, and 1 where that
-            begins a document. Group 0 begins at the first token, as group 1 does where no group entered.
+        marks: int32 [B, T + 2], of each group up to one beyond the last, behind which nothing is written: twice its
+            first token, and 1 where that begins a document. Group 0 begins at the first token, as group 1 does where
+            no group entered.
         size: no group has more tokens.
     """
 
@@ -64,7 +65,7 @@ def mark_of(p_marks, i_row, i_group, tokens):
 
 @triton.jit
 def groups_of_piece(p_ids, i_row, i_piece, span, pieces, tokens, REVERSE: tl.constexpr):
-    """(first, end) of a piece's groups: of those that begin in a span of tokens, or of the first one walked."""
+    """(first, end) of the groups of one of `pieces`: of those that begin in a span, or of the first one walked."""
     if REVERSE:
         i_span, alone = i_piece, pieces - 1
         most = id_of(p_ids, i_row, tokens - 1, tokens)
@@ -212,6 +213,7 @@ def walk_groups(
     width,
     span,
     pieces,
+    skip,
     C: tl.constexpr,
     BLOCK_X: tl.constexpr,
     BLOCK_U: tl.constexpr,
@@ -226,23 +228,25 @@ def walk_groups(
     WHOLE: tl.constexpr,
     LAST: tl.constexpr,
 ):
-    """What kernel.py's `_walk` does, and its arguments.
+    """What kernel.py's `_walk` does, of the same arguments, from group to group.
 
     Args:
+        p_groups, p_marks: of Groups.
         p_opened: [B, Hkv, K, W], the open part of the state that enters the row, for LAST.
-        DOCUMENTS: a group may begin one.
+        skip: the first of the pieces that programs walk.
+        DOCUMENTS: rows have documents, which groups may begin.
         WHOLE: no group has more than C tokens.
-        LAST: the last group walked of the row, alone, and the open part if it entered that group.
+        LAST: the last group walked of the row, alone, as one piece, and the open part if it entered that group.
     """
     i_head = tl.program_id(1) % heads
     i_row = tl.program_id(1) // heads
-    i_piece = tl.program_id(2)
+    i_piece = tl.program_id(2) + skip
     y_heads = heads // SHARED * SHARING
     i_state, o_x, o_u, size, place = state_of(heads, width, x_dim, u_dim, BLOCK_X, BLOCK_U, SHARED, TRANSPOSED)
     b_s, b_z = load_state(p_entering, i_state * pieces + i_piece, size, place, NORMALIZE)
     if LAST:
         i_last = id_of(p_groups, i_row, tokens - 1, tokens)
-        first = i_last * 0 if REVERSE else i_last
+        first = tl.where(REVERSE, 0, i_last)
         end = first + 1
     else:
         first, end = groups_of_piece(p_groups, i_row, i_piece, span, pieces, tokens, REVERSE)

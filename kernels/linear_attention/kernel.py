@@ -1,7 +1,7 @@
 """Linear attention in Triton: programs walk pieces of a row with the state in registers, which never reaches memory.
 
-One kernel does every pass. It computes out_i = sum_j (x_i . y_j) u_j over the tokens j that i sees, those of its own
-chunk as a small quadratic form and all others by the state S = sum_j y_j u_j^T:
+One kernel does every pass without groups. It computes out_i = sum_j (x_i . y_j) u_j over the tokens j that i sees,
+those of its own chunk as a small quadratic form and all others by the state S = sum_j y_j u_j^T:
 
     y:  x, y, u = q, k, v, left to right          dv: k, q, dy, right to left
     dq: dy, v, k, left to right                   dk: v, dy, q, right to left
@@ -12,8 +12,8 @@ alone, and `_fold` makes of these the states that enter the pieces.
 
 With groups a walk is grouped.py's: from group to group, of which none sees itself, so that there is no quadratic form.
 The state that enters such a row is in two parts, of the completed groups and of the open one, which joins them when it
-has been walked. At the ends of a row the state is given as (both, open) from left to right, and its gradient, walked
-from right to left, as (both, -open).
+has been walked; so such a row is always folded. At the ends of a row the state is given as (both, open) from left to
+right, and its gradient, walked from right to left, as (both, -open).
 
 bf16 inputs are multiplied as bf16, fp16 as tf32 (states may exceed fp16), fp32 as fp32, and so is all of an odd K or V.
 Every sum has one fixed order, so bits repeat. No exponential is taken of a positive number. Documents and groups are
@@ -112,16 +112,16 @@ def _padded(width: int) -> int:
     return max(16, next_power_of_2(width))
 
 
-def _cut(tokens: int, rows: int, value_dim: int) -> tuple[int, int]:
-    """(pieces, tokens a piece) of the rows of all heads."""
+def _cut(tokens: int, rows: int, value_dim: int, grouped: bool) -> tuple[int, int]:
+    """(pieces, tokens a span) of the rows of all heads: a piece a span, and with groups one more."""
     programs, units = rows * -(-value_dim // 64), -(-tokens // UNIT)
-    pieces = 1 if programs >= ENOUGH else min(units, max(1, PROGRAMS // programs))
-    span = -(-units // pieces)
-    return -(-units // span), span * UNIT
+    spans = 1 if programs >= ENOUGH else min(units, max(1, PROGRAMS // programs))
+    span = -(-units // spans)
+    return -(-units // span) + grouped, span * UNIT
 
 
 def plan(q: Tensor | None, k: Tensor, v: Tensor, groups: Tensor | None, normalize: bool) -> Plan:
-    """The cut for inputs: chunks by their dtype, pieces enough to fill the GPU, with groups one more."""
+    """The cut for inputs: chunks by their dtype, pieces enough to fill the GPU."""
     batch, tokens, key_heads, key_dim = k.shape
     heads = key_heads if q is None else q.shape[2]
     # Where rows are read entry by entry, as of an odd width or of one that is no constant, ptxas 12.8 loses a uniform
@@ -134,17 +134,16 @@ def plan(q: Tensor | None, k: Tensor, v: Tensor, groups: Tensor | None, normaliz
     operand = tl.bfloat16 if narrow and k.is_cuda else tl.float32
     precision = "ieee" if k.dtype == torch.float32 or odd else "tf32"
     width = v.shape[3] + normalize
-    pieces, span = _cut(tokens, batch * heads, v.shape[3])
-    pieces += groups is not None
+    pieces, span = _cut(tokens, batch * heads, v.shape[3], groups is not None)
     return Plan(
         batch, tokens, heads, key_heads, key_dim, v.shape[3], width, chunk, pieces, span, operand, precision, k.device,
     )  # fmt: skip
 
 
-def room(q: Tensor, k: Tensor, v: Tensor, state: tuple[int, ...]) -> Tensor:
+def room(q: Tensor, v: Tensor, state: tuple[int, ...]) -> Tensor:
     """An empty tensor as the states that enter the pieces, [B, Hkv, pieces, K, W], for one of [B, Hkv, slots, K, W]."""
-    pieces, _ = _cut(q.shape[1], q.shape[0] * q.shape[2], v.shape[3])
-    return q.new_empty(*state[:2], pieces + state[2] - 1, *state[3:], dtype=torch.float32)
+    pieces, _ = _cut(q.shape[1], q.shape[0] * q.shape[2], v.shape[3], state[2] == 2)
+    return q.new_empty(*state[:2], pieces, *state[3:], dtype=torch.float32)
 
 
 @triton.jit
@@ -344,7 +343,10 @@ def _fold(
     BLOCK: tl.constexpr,
     REVERSE: tl.constexpr,
 ):
-    """The states that enter the pieces [B, Hkv, pieces, size], and leave the last, from what each adds alone."""
+    """The states that enter the pieces [B, Hkv, pieces, size], and leave the last, from what each adds alone.
+
+    `p_opened`, the open part of the state that enters, joins behind the first piece walked.
+    """
     i_head = tl.program_id(1).to(tl.int64)
     i_row = tl.program_id(1) // heads
     o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -517,9 +519,9 @@ def forward(
     with on(q):
         rows, state = _rows(decay, documents, groups, group), _entered(initial, groups)
         entering, last = _entering(cut, k, v, rows, state)
-        leaving = cut.empty_states(1) if last is None else None
+        leaving = cut.empty_states(cut.pieces) if last is None else None
         _run(cut, q, k, v, y, rows, entering, leaving, normalize=normalize, **scalars)
-        final = _left(cut, last if leaving is None else leaving[:, :, 0], k, v, rows, state)
+        final = _left(cut, last if leaving is None else leaving[:, :, -1], k, v, rows, state)
     return y, final, inverse, entering
 
 
@@ -552,7 +554,7 @@ def backward(
         after = _entered(dfinal, groups, reverse=True)
         _run(cut, dy, v, k, dq, rows, entering, None, states, result=y, **norm, **scalars)
         arriving, last = _entering(cut, q, dy, rows, after, reverse=True, **scalars)
-        leaving = cut.empty_states(1) if last is None else None
+        leaving = cut.empty_states(cut.pieces) if last is None else None
         _run(cut, k, q, dy, dv, rows, arriving, None, reverse=True, **scalars)
         _run(cut, v, dy, q, dk, rows, arriving, leaving, adjoints, reverse=True, **norm, **scalars)
         ddecay = _decays(cut, q, k, v, dy, scalars, rows, states, adjoints, normalize)
@@ -655,7 +657,11 @@ def _left(
     reverse: bool = False,
     **walk: Any,
 ) -> Tensor:
-    """[B, Hkv, slots, K, W] of what leaves rows: `total`, and with groups what the last one walked has in it."""
+    """[B, Hkv, slots, K, W] of what leaves rows: `total`, and with groups what the last one walked has in it.
+
+    Where no other group has anything in it both have the same bits, which op.py promises: all walks of a group cut it
+    into the same chunks and the same products.
+    """
     if rows.groups is None:
         return total[:, :, None].contiguous()
     state = cut.empty_states(1)
@@ -669,12 +675,15 @@ def _left(
 def _entering(
     cut: Plan, y: Tensor | None, u: Tensor | None, rows: Rows, state: State, reverse: bool = False, **walk: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """(states that enter the pieces, the state that leaves the last; None where the row is one piece)."""
+    """(states that enter the pieces, the state that leaves the last; None where the next walk leaves it anyhow)."""
     if cut.pieces == 1:
         entering = cut.empty_states(1)
         first = state.completed
         return (entering.zero_() if first is None else entering.copy_(first[:, :, None])), None
-    return _folded(cut, _sums(cut, y, u, rows, reverse=reverse, **walk), rows, state, reverse)
+    # Of a row in one span only the sum of the first group is needed.
+    alone = rows.groups is not None and cut.pieces == 2
+    entering, last = _folded(cut, _sums(cut, y, u, rows, reverse=reverse, alone=alone, **walk), rows, state, reverse)
+    return entering, None if alone else last
 
 
 def _total(cut: Plan, sums: Tensor, rows: Rows, reverse: bool = False) -> Tensor:
@@ -728,14 +737,16 @@ def _run(
     normalize: bool = False,
     transposed: bool = False,
     reverse: bool = False,
+    alone: bool = False,
     last: bool = False,
 ) -> None:
+    """A pass; of the rows' groups only the first one walked, `alone`, or only the last."""
     x_dim, u_dim = (cut.value_dim, cut.key_dim) if transposed else (cut.key_dim, cut.value_dim)
     tile = cut.tile(x_dim, u_dim)
     shared = cut.heads // cut.key_heads
     heads = cut.key_heads if reverse or out is None else cut.heads
     pieces = 1 if last else cut.pieces
-    grid = (cdiv(u_dim, tile.block), cut.batch * heads, pieces)
+    grid = (cdiv(u_dim, tile.block), cut.batch * heads, 1 if alone else pieces)
     sizes = cut.shape | {
         "heads": heads, "x_dim": x_dim, "u_dim": u_dim, "span": cut.span, "pieces": pieces, "BLOCK_X": _padded(x_dim),
         "BLOCK_U": tile.block, "SHARED": heads // cut.key_heads, "SHARING": shared if reverse else 1,
@@ -749,7 +760,7 @@ def _run(
         ids, marks, most = rows.groups
         tensors = (x, y, u, out, result, inverse, drop, ids, marks, entering, opened, leaving)
         sizes |= {"DOCUMENTS": rows.documents is not None, "WHOLE": most <= cut.chunk, "LAST": last}
-        walk_groups[grid](*tensors, scale, eps, **sizes)
+        walk_groups[grid](*tensors, scale, eps, skip=pieces - 1 if alone and reverse else 0, **sizes)
 
 
 def _decays(cut: Plan, q, k: Tensor, v: Tensor, dy, scalars, rows: Rows, states, adjoints, normalize: bool) -> Tensor:

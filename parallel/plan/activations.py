@@ -171,7 +171,7 @@ def _linearized_parts(load: Load, options: LinearizedAttentionConfig) -> Iterato
 def _cuts(piece: int, rows: int, width: int) -> int:
     """Pieces that the linear attention's kernel cuts a row into, as many as a GPU runs at once; one more is a group."""
     programs, units = rows * -(-width // 64), -(-piece // 128)
-    pieces = 1 if programs >= 128 else min(units, max(1, 264 // programs))
+    pieces = 1 if programs >= 128 else min(units, 264 // programs)
     return -(-units // -(-units // pieces))
 
 

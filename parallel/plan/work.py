@@ -247,7 +247,7 @@ def _linearized(load: Load, options: LinearizedAttentionConfig, heads: int, key_
     yield _moved(load, "pointwise", heads * width, 18, 42)
     if load.dims.context > 1:
         # Reads k and v; backward q, y and its gradient.
-        yield Op(SUMMARIES, "linear attention", (flops, 2 * flops), (keys, keys + queries + 2 * outputs), (2, 4))
+        yield Op(SUMMARIES, "linear attention", (flops, 2 * flops), (keys, keys + queries + 2 * outputs), (4, 8))
 
 
 def state_elements(load: Load, options: MixerConfig) -> tuple[int, int]:

@@ -17,11 +17,11 @@ documents = pytest.mark.parametrize("documents", [False, True], ids=["one", "doc
 MODES = {
     "plain": {"normalize": False},
     "normalized": {"scale": 0.7},
-    "grouped": {"group": 12},
+    "grouped": {"group": 12, "scale": 0.7},
     "grouped sums": {"group": 5, "normalize": False},
 }
 modes = pytest.mark.parametrize("options", MODES.values(), ids=MODES)
-# A group longer than a chunk, which begins inside one.
+# Groups longer than a chunk.
 LONG = {"long groups": {"group": 20}, "long grouped sums": {"group": 100, "normalize": False}}
 decays = pytest.mark.parametrize("decays", [False, True], ids=["sums", "decays"])
 
@@ -43,7 +43,8 @@ def make(
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     inputs = {name: t.to(device, dtype) for name, t in inputs.items()}
     inputs["initial_state"] = state.to(device, wide)
-    if group is None if decays is None else decays:
+    decays = group is None if decays is None else decays
+    if decays:
         inputs["log_a"] = (-0.1 * draw(heads).exp()).to(device, wide)
     return {name: t.requires_grad_() for name, t in inputs.items()}
 
@@ -128,10 +129,11 @@ def assert_within_bar(kernel: list[Tensor], reference: list[Tensor], exact: list
 
 def cut_short(monkeypatch, pieces: int = 2) -> None:
     """Lets the kernel cut chunks of 16 tokens, and rows into `pieces`, so that a short row has several of each."""
-    from longscan.kernels.linear_attention import kernel
+    from longscan.kernels.linear_attention import grouped, kernel
 
     monkeypatch.setattr(kernel, "UNIT", 16)
     monkeypatch.setattr(kernel, "PROGRAMS", pieces * 2)
+    monkeypatch.setattr(grouped, "BLOCK", 16)
 
 
 def packed(tokens: int, device: str = "cpu") -> Segments:
@@ -182,28 +184,30 @@ def test_kernel_within_bar(options, dtype, shape, device, random_segments):
     assert_within_bar(kernel, reference, run_exact(inputs, segments, **options), dtype)
 
 
-# Each mode with and without decays and documents, and in one piece and several.
+# Each mode with and without documents, without groups also decays, and in one piece and several.
 CUTS = [
     ("plain", False, False, 1),
-    ("plain", True, True, 3),
-    ("normalized", True, False, 3),
+    ("plain", True, True, 4),
+    ("normalized", True, False, 4),
     ("normalized", False, True, 1),
-    ("grouped", False, False, 3),
-    ("grouped", False, True, 3),
+    ("grouped", False, False, 4),
+    ("grouped", False, True, 4),
+    ("grouped", False, True, 1),
     ("grouped sums", False, False, 1),
-    ("grouped sums", False, True, 3),
+    ("grouped sums", False, True, 4),
     ("long groups", False, False, 1),
-    ("long groups", False, True, 3),
-    ("long grouped sums", False, False, 3),
+    ("long groups", False, True, 4),
+    ("long grouped sums", False, False, 4),
 ]
 
 
 @pytest.mark.parametrize(("mode", "decays", "documents", "pieces"), CUTS, ids=str)
 def test_kernel_over_many_chunks_and_pieces(mode, decays, documents, pieces, device, monkeypatch):
-    cut_short(monkeypatch, pieces)
+    # Two rows of four query heads.
+    cut_short(monkeypatch, 4 * pieces)
     options = (MODES | LONG)[mode]
-    inputs = make(1, 50, 1, 16, 16, torch.float32, device, shared=2, decays=decays, **options)
-    segments = Segments.from_lengths([[9, 4, 37]], [3], device) if documents else None
+    inputs = make(2, 50, 2, 16, 16, torch.float32, device, shared=2, decays=decays, **options)
+    segments = Segments.from_lengths([[9, 4, 37], [20, 30]], [3, 0], device) if documents else None
     kernel, reference = (run(inputs, segments, i, **options) for i in ("triton", "reference"))
     assert_within_bar(kernel, reference, run_exact(inputs, segments, **options), torch.float32)
 
@@ -316,6 +320,41 @@ def test_no_leaks(implementation, options, device, monkeypatch):
         for gradient in gradients:
             reached = gradient.flatten(2).any(-1)[0].nonzero().view(-1).tolist()
             assert not reached or (min(reached) >= begin and max(reached) <= end)
+
+
+@pytest.mark.parametrize("group", [None, 12])
+@pytest.mark.parametrize("pieces", [1, 4])
+def test_the_states_of_the_pieces_have_the_room_that_is_promised(group, pieces, device, monkeypatch):
+    from longscan.kernels.linear_attention import kernel
+    from longscan.kernels.linear_attention.op import _groups
+
+    cut_short(monkeypatch, pieces)
+    q, k, v = (t.detach() for n, t in make(2, 50, 1, 16, 16, torch.float32, device).items() if n in "qkv")
+    groups = _groups(None, k, group)
+    _, final, _, entering = kernel.forward(group or 0, q, k, v, None, None, None, groups, 1.0, True, 1e-6)
+    assert entering.shape == kernel.room(q, v, final.shape).shape
+    assert entering.shape[2] == pieces + (group is not None)
+
+
+WIDE = [(torch.float32, 8, 4)]
+WIDE += [
+    pytest.param(dtype, dim, dim, marks=pytest.mark.gpu) for dtype in (torch.bfloat16, torch.half) for dim in (64, 128)
+]
+
+
+@pytest.mark.parametrize(("dtype", "key_dim", "value_dim"), WIDE)
+@pytest.mark.parametrize("tokens", [40, 150])
+def test_a_first_group_leaves_the_same_bits_twice(dtype, key_dim, value_dim, tokens, device):
+    """As the sum over all keys and as that over the open group, whose difference is what its queries read."""
+    if device == "cpu" and dtype != torch.float32:
+        pytest.skip("needs a CUDA GPU")
+    inputs = make(2, tokens, 2, key_dim, value_dim, dtype, device)
+    segments = Segments.from_lengths([[tokens], [7, tokens - 7]], device=device)
+    q, k, v = (inputs[name].detach() for name in "qkv")
+    _, final = linear_attention(q, k, v, segments=segments, group=tokens, implementation="triton")
+    state, _ = linear_attention_summarize(k, v, segments=segments, group=tokens, implementation="triton")
+    for both, opened in (final.unbind(2), state.unbind(2)):
+        assert torch.equal(both, opened)
 
 
 @both_implementations

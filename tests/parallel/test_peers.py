@@ -101,22 +101,24 @@ def test_copies_between_peers_are_the_collectives(tmp_path, size, slot_bytes):
 
 
 def train_copied(folder, families):
-    """What copies change in a training."""
+    """The most that copies change in a training, relative to each tensor's largest number."""
     found = {}
     for family in families:
         dims, options = LAYOUTS["tp2-sp-selective"]
         with patch.object(tensor, "GPUs", lambda group: Files(folder)):
             copied = train(family, True, replace(dims, copy_engines=True), **options)
         plain = train(family, True, dims, **options)
-        found[family] = [name for name in plain if not torch.equal(plain[name], copied[name])]
+        changes = [(plain[n] - copied[n]).abs().max() / plain[n].abs().max().clamp(min=1e-300) for n in plain]
+        found[family] = float(torch.stack(changes).max())
     return found
 
 
 @pytest.mark.timeout(120)
-def test_a_model_trains_by_copies_bit_for_bit(tmp_path):
+def test_a_model_trains_by_copies_as_by_collectives(tmp_path):
+    """In fp64, but for the rounding of products of a part of the rows, which some BLAS libraries sum otherwise."""
     families = ["griffin", "based"]
     ranks = run_distributed(train_copied, 2, tmp_path, families, preload=["longscan.parallel.tensor"])
-    assert ranks == [{family: [] for family in families}] * 2
+    assert all(change <= 1e-12 for rank in ranks for change in rank.values()), ranks
 
 
 class Noted:
