@@ -19,7 +19,18 @@ import triton.language as tl
 from torch import Tensor
 
 from ..sizes import cdiv
-from .walks import id_of, load_state, rows_of, scalars_of, state_of, store_state
+from .walks import (
+    add_to_state,
+    factors_of,
+    id_of,
+    load_state,
+    minus_products,
+    put_rows,
+    rows_of,
+    scalars_of,
+    state_of,
+    store_state,
+)
 
 BLOCK = 1024
 
@@ -119,8 +130,7 @@ def _read(
         # What x has for the normaliser's row.
         b_e = b_rate
         if not REVERSE:
-            b_result = rows_of(p_result, i_row, i_head, begin, stop, o_x, tokens, heads, x_dim, C)
-            b_e = -tl.sum(b_x.to(tl.float32) * b_result.to(tl.float32), 1)
+            b_e = minus_products(b_x, p_result, i_row, i_head, begin, stop, o_x, tokens, heads, x_dim, C)
             tl.store(p_drop + at, -b_e, mask=here)
         b_o += b_e[:, None] * b_z[None, :]
     if not REVERSE:
@@ -132,10 +142,7 @@ def _read(
         elif p_inverse is not None:
             b_rate = scalars_of(p_inverse, i_row * heads + i_head, o_t, tokens)
         b_o *= scale * b_rate[:, None]
-    p_row = p_out + ((i_row.to(tl.int64) * tokens + begin) * heads + i_head) * u_dim
-    o_row = (tl.arange(0, C) * (heads * u_dim))[:, None] + o_u[None, :]
-    mask = (o_t[:, None] < stop) & (o_u[None, :] < u_dim)
-    tl.store(p_row + o_row, b_o.to(p_out.dtype.element_ty), mask=mask)
+    put_rows(p_out, b_o, i_row, i_head, begin, stop, o_u, tokens, heads, u_dim, C)
 
 
 @triton.jit
@@ -166,28 +173,13 @@ def _add(
     REVERSE: tl.constexpr,
 ):
     """The state and the normaliser's with the tokens from `begin` to `stop` of a head, C at most."""
-    o_t = begin + tl.arange(0, C)
     b_y = rows_of(p_y, i_row, i_y, begin, stop, o_x, tokens, heads, x_dim, C)
     b_u = rows_of(p_u, i_row, i_y, begin, stop, o_u, tokens, heads, u_dim, C)
-    b_w = tl.full([C], 1.0, tl.float32)
-    b_f = b_w
-    if REVERSE:
-        b_w *= scale
-        if p_inverse is not None:
-            b_w *= scalars_of(p_inverse, i_row * heads + i_y, o_t, tokens)
-        if NORMALIZE:
-            if p_drop is not None:
-                b_f = -scalars_of(p_drop, i_row * heads + i_y, o_t, tokens)
-            else:
-                b_result = rows_of(p_result, i_row, i_y, begin, stop, o_x, tokens, heads, x_dim, C)
-                b_f = -tl.sum(b_y.to(tl.float32) * b_result.to(tl.float32), 1)
-    if NORMALIZE:
-        b_part = (b_u if TRANSPOSED else b_y).to(tl.float32) * (b_w * b_f)[:, None]
-        b_z += tl.sum(b_part, 0)
-    if REVERSE:
-        b_u = b_u.to(tl.float32) * b_w[:, None]
-    b_s = tl.dot(tl.trans(b_y).to(OPERAND), b_u.to(OPERAND), b_s, input_precision=PRECISION)
-    return b_s, b_z
+    b_w, b_f = factors_of(
+        b_y, p_result, p_inverse, p_drop, scale, i_row, i_y, begin, stop, o_x, tokens, heads, x_dim, C, NORMALIZE,
+        REVERSE
+    )  # fmt: skip
+    return add_to_state(b_s, b_z, b_y, b_u, b_w, b_f, REVERSE, NORMALIZE, TRANSPOSED, OPERAND, PRECISION)
 
 
 @triton.jit

@@ -36,7 +36,18 @@ from torch import Tensor
 from ..dispatch import on
 from ..sizes import cdiv, next_power_of_2
 from .grouped import Groups, groups_of_piece, mark_groups, mark_of, walk_groups
-from .walks import id_of, load_state, rows_of, scalars_of, state_of, store_state
+from .walks import (
+    add_to_state,
+    factors_of,
+    id_of,
+    load_state,
+    minus_products,
+    put_rows,
+    rows_of,
+    scalars_of,
+    state_of,
+    store_state,
+)
 
 # Programs of a walk that 132 SMs run at once, of 4 warps with 167 to 255 registers; and so many that cutting rows no
 # longer pays for the second reading.
@@ -228,8 +239,7 @@ def _walk(
                 # What x has for the normaliser's row.
                 b_e = tl.full([C], 1.0, tl.float32)
                 if not REVERSE:
-                    b_result = rows_of(p_result, i_row, i_head, begin, tokens, o_x, tokens, heads, x_dim, C)
-                    b_e = -tl.sum(b_x.to(tl.float32) * b_result.to(tl.float32), 1)
+                    b_e = minus_products(b_x, p_result, i_row, i_head, begin, tokens, o_x, tokens, heads, x_dim, C)
                     # Every block of columns finds the same; the first one writes it.
                     here = (o_t < tokens) & (tl.program_id(0) == 0)
                     tl.store(p_drop + tl.program_id(1).to(tl.int64) * tokens + o_t, -b_e, mask=here)
@@ -268,18 +278,10 @@ def _walk(
                 i_y = i_head // SHARED * SHARING + i_shared
                 b_y = rows_of(p_y, i_row, i_y, begin, tokens, o_x, tokens, y_heads, x_dim, C)
                 b_u = rows_of(p_u, i_row, i_y, begin, tokens, o_u, tokens, y_heads, u_dim, C)
-                b_w = tl.full([C], 1.0, tl.float32)
-                b_f = b_w
-                if REVERSE:
-                    b_w *= scale
-                    if p_inverse is not None:
-                        b_w *= scalars_of(p_inverse, i_row * y_heads + i_y, o_t, tokens)
-                    if NORMALIZE:
-                        if p_drop is not None:
-                            b_f = -scalars_of(p_drop, i_row * y_heads + i_y, o_t, tokens)
-                        else:
-                            b_result = rows_of(p_result, i_row, i_y, begin, tokens, o_x, tokens, y_heads, x_dim, C)
-                            b_f = -tl.sum(b_y.to(tl.float32) * b_result.to(tl.float32), 1)
+                b_w, b_f = factors_of(
+                    b_y, p_result, p_inverse, p_drop, scale, i_row, i_y, begin, tokens, o_x, tokens, y_heads, x_dim, C,
+                    NORMALIZE, REVERSE
+                )  # fmt: skip
                 if p_out is not None:
                     b_p = tl.dot(b_x.to(OPERAND), tl.trans(b_y).to(OPERAND), input_precision=PRECISION)
                     if NORMALIZE and TRANSPOSED:
@@ -300,12 +302,10 @@ def _walk(
                     b_w *= tl.exp(b_a if REVERSE else b_rest)
                 if p_documents is not None:
                     b_w = tl.where(b_goes, b_w, 0.0)
-                if NORMALIZE:
-                    b_part = (b_u if TRANSPOSED else b_y).to(tl.float32) * (b_w * b_f)[:, None]
-                    b_z += tl.sum(b_part, 0)
-                if REVERSE or p_decay is not None or p_documents is not None:
-                    b_u = b_u.to(tl.float32) * b_w[:, None]
-                b_s = tl.dot(tl.trans(b_y).to(OPERAND), b_u.to(OPERAND), b_s, input_precision=PRECISION)
+                b_s, b_z = add_to_state(
+                    b_s, b_z, b_y, b_u, b_w, b_f, REVERSE or p_decay is not None or p_documents is not None, NORMALIZE,
+                    TRANSPOSED, OPERAND, PRECISION
+                )  # fmt: skip
         if p_out is not None:
             if not REVERSE:
                 b_rate = tl.full([C], 1.0, tl.float32)
@@ -317,10 +317,7 @@ def _walk(
                 elif p_inverse is not None:
                     b_rate = scalars_of(p_inverse, tl.program_id(1), o_t, tokens)
                 b_o *= scale * b_rate[:, None]
-            p_row = p_out + ((i_row.to(tl.int64) * tokens + begin) * heads + i_head) * u_dim
-            o_row = (tl.arange(0, C) * (heads * u_dim))[:, None] + o_u[None, :]
-            mask = (o_t[:, None] < tokens) & (o_u[None, :] < u_dim)
-            tl.store(p_row + o_row, b_o.to(p_out.dtype.element_ty), mask=mask)
+            put_rows(p_out, b_o, i_row, i_head, begin, tokens, o_u, tokens, heads, u_dim, C)
     store_state(p_leaving, i_state * pieces + i_piece, size, place, b_s, b_z, NORMALIZE)
 
 

@@ -20,6 +20,24 @@ def rows_of(pointer, i_row, i_head, begin, stop, o_d, tokens, heads, dim, C: tl.
 
 
 @triton.jit
+def put_rows(pointer, b, i_row, i_head, begin, stop, o_d, tokens, heads, dim, C: tl.constexpr):
+    """The inverse of `rows_of`."""
+    base = pointer + ((i_row.to(tl.int64) * tokens + begin) * heads + i_head) * dim
+    o_c = tl.arange(0, C)
+    mask = (begin + o_c < stop)[:, None] & (o_d[None, :] < dim)
+    # In 32 bits, but for the chunk's own place.
+    o_row = (o_c * (heads * dim))[:, None] + o_d[None, :]
+    tl.store(base + o_row, b.to(pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def minus_products(b, p_other, i_row, i_head, begin, stop, o_d, tokens, heads, dim, C: tl.constexpr):
+    """-(b . other) [C], token by token, of b [C, D] and the same rows of another tensor."""
+    b_other = rows_of(p_other, i_row, i_head, begin, stop, o_d, tokens, heads, dim, C)
+    return -tl.sum(b.to(tl.float32) * b_other.to(tl.float32), 1)
+
+
+@triton.jit
 def scalars_of(pointer, i, o_t, tokens):
     """[C] of row i from [rows, T]; zeros beyond the end."""
     return tl.load(pointer + i.to(tl.int64) * tokens + o_t, mask=o_t < tokens, other=0.0)
@@ -30,6 +48,64 @@ def id_of(p_ids, i_row, o_t, tokens):
     """The document or group of token or tokens o_t: of the last token beyond the end, 0 before the first."""
     at = p_ids + i_row.to(tl.int64) * tokens + tl.minimum(tl.maximum(o_t, 0), tokens - 1)
     return tl.where(o_t < 0, 0, tl.load(at))
+
+
+@triton.jit
+def factors_of(
+    b_y,
+    p_result,
+    p_inverse,
+    p_drop,
+    scale,
+    i_row,
+    i_y,
+    begin,
+    stop,
+    o_x,
+    tokens,
+    heads,
+    x_dim: tl.constexpr,
+    C: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    REVERSE: tl.constexpr,
+):
+    """(the factor of y that is its query's, what y has for the normaliser); both 1 from left to right."""
+    b_w = tl.full([C], 1.0, tl.float32)
+    b_f = b_w
+    if REVERSE:
+        o_t = begin + tl.arange(0, C)
+        b_w *= scale
+        if p_inverse is not None:
+            b_w *= scalars_of(p_inverse, i_row * heads + i_y, o_t, tokens)
+        if NORMALIZE:
+            if p_drop is not None:
+                b_f = -scalars_of(p_drop, i_row * heads + i_y, o_t, tokens)
+            else:
+                b_f = minus_products(b_y, p_result, i_row, i_y, begin, stop, o_x, tokens, heads, x_dim, C)
+    return b_w, b_f
+
+
+@triton.jit
+def add_to_state(
+    b_s,
+    b_z,
+    b_y,
+    b_u,
+    b_w,
+    b_f,
+    WEIGHED: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The state and the normaliser's with y u^T of tokens, each times its b_w, which is 1 unless WEIGHED."""
+    if NORMALIZE:
+        b_part = (b_u if TRANSPOSED else b_y).to(tl.float32) * (b_w * b_f)[:, None]
+        b_z += tl.sum(b_part, 0)
+    if WEIGHED:
+        b_u = b_u.to(tl.float32) * b_w[:, None]
+    return tl.dot(tl.trans(b_y).to(OPERAND), b_u.to(OPERAND), b_s, input_precision=PRECISION), b_z
 
 
 @triton.jit
