@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from longscan.kernels import linear_attention
-from longscan.kernels.linear_attention import kernel
+from longscan.kernels.linear_attention import cuts, kernel
 
 from .gpu_timing import Work, milliseconds
 
@@ -110,7 +110,7 @@ def _ours(case: Case, *inputs: Tensor, implementation: str = "triton") -> Tensor
     return linear_attention(*inputs, **case.options, implementation=implementation)[0]
 
 
-# What `--tune` changes in kernel.py; for every width, the tile.
+# What `--tune` changes in cuts.py and kernel.py; for every width, the tile.
 T = kernel.Tile
 CANDIDATES: tuple[dict[str, Any], ...] = (
     {},
@@ -128,10 +128,11 @@ TUNED = (*CASES[:3], Case(*LONG, 128, "group 64"))
 
 def use(changed: dict[str, Any]) -> None:
     """Makes the kernel take those settings."""
-    tile = changed.get("tile")
-    vars(kernel).update({name: value for name, value in changed.items() if name != "tile"})
-    if tile is not None:
-        kernel.TILES.update(dict.fromkeys(kernel.TILES, tile))
+    for name, value in changed.items():
+        if name == "tile":
+            kernel.TILES = dict.fromkeys(kernel.TILES, value)
+        else:
+            setattr(cuts if hasattr(cuts, name) else kernel, name, value)
 
 
 def compile_one(case: Case, changed: dict[str, Any]) -> None:
@@ -146,7 +147,7 @@ def compile_one(case: Case, changed: dict[str, Any]) -> None:
 
 def candidates() -> None:
     """Prints a line for each case and cut: both times, and errors of y and the gradients against the reference."""
-    before = {name: getattr(kernel, name) for name in ("PROGRAMS", "ENOUGH", "CHUNK")} | {"TILES": dict(kernel.TILES)}
+    before = {"PROGRAMS": cuts.PROGRAMS, "ENOUGH": cuts.ENOUGH, "CHUNK": kernel.CHUNK, "TILES": kernel.TILES}
     tried = [(case, changed) for case in TUNED for changed in CANDIDATES]
     begin = time.perf_counter()
     with ProcessPoolExecutor(12, get_context("spawn")) as pool:
@@ -159,7 +160,7 @@ def candidates() -> None:
         for changed in CANDIDATES:
             use(changed)
             print(f"{case.name}: {changed or 'as is'} {_candidate(case, inputs, grad, exact)}", flush=True)
-            vars(kernel).update(before | {"TILES": dict(before["TILES"])})
+            use(before)
 
 
 def outputs(case: Case, inputs: list[Tensor], grad: Tensor, implementation: str = "triton") -> list[Tensor]:

@@ -134,7 +134,7 @@ def _times(measured: Sequence[Timing]) -> Iterator[str]:
 def _tiles() -> Iterator[str]:
     """The constants of the files of kernels that say how work is cut, as the source has them."""
     yield from _heading("op", "constant", "value")
-    files = sorted(file for name in ("chain", "hopper", "kernel") for file in ROOT.glob(f"kernels/*/{name}.py"))
+    files = sorted(file for name in ("chain", "cuts", "hopper", "kernel") for file in ROOT.glob(f"kernels/*/{name}.py"))
     for file in (*files, ROOT / "kernels" / "partials.py"):
         op = file.stem if file.parent.name == "kernels" else file.parent.name
         for node in ast.parse(file.read_text()).body:

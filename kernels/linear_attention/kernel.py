@@ -35,6 +35,7 @@ from torch import Tensor
 
 from ..dispatch import on
 from ..sizes import cdiv, next_power_of_2
+from . import cuts
 from .grouped import Groups, groups_of_piece, mark_groups, mark_of, walk_groups
 from .walks import (
     add_to_state,
@@ -49,11 +50,6 @@ from .walks import (
     store_state,
 )
 
-# Programs of a walk that 132 SMs run at once, of 4 warps with 167 to 255 registers; and so many that cutting rows no
-# longer pays for the second reading.
-PROGRAMS, ENOUGH = 264, 128
-# Pieces are whole multiples of it.
-UNIT = 128
 # Tokens a chunk for 16-bit operands and for wider ones, whose tiles take twice the room, half as many above width 64.
 CHUNK, WIDE_CHUNK = 64, 32
 
@@ -123,14 +119,6 @@ def _padded(width: int) -> int:
     return max(16, next_power_of_2(width))
 
 
-def _cut(tokens: int, rows: int, value_dim: int, grouped: bool) -> tuple[int, int]:
-    """(pieces, tokens a span) of the rows of all heads: a piece a span, and with groups one more."""
-    programs, units = rows * -(-value_dim // 64), -(-tokens // UNIT)
-    spans = 1 if programs >= ENOUGH else min(units, max(1, PROGRAMS // programs))
-    span = -(-units // spans)
-    return -(-units // span) + grouped, span * UNIT
-
-
 def plan(q: Tensor | None, k: Tensor, v: Tensor, groups: Tensor | None, normalize: bool) -> Plan:
     """The cut for inputs: chunks by their dtype, pieces enough to fill the GPU."""
     batch, tokens, key_heads, key_dim = k.shape
@@ -140,12 +128,12 @@ def plan(q: Tensor | None, k: Tensor, v: Tensor, groups: Tensor | None, normaliz
     odd = (key_dim | v.shape[3]) % 2
     narrow = k.dtype == torch.bfloat16 and not odd
     wide_chunk = WIDE_CHUNK if max(key_dim, v.shape[3]) <= 64 else WIDE_CHUNK // 2
-    chunk = min(CHUNK if narrow else wide_chunk, UNIT, max(16, next_power_of_2(tokens)))
+    chunk = min(CHUNK if narrow else wide_chunk, cuts.UNIT, max(16, next_power_of_2(tokens)))
     # The interpreter multiplies the bits of bf16; there the operands are fp32.
     operand = tl.bfloat16 if narrow and k.is_cuda else tl.float32
     precision = "ieee" if k.dtype == torch.float32 or odd else "tf32"
     width = v.shape[3] + normalize
-    pieces, span = _cut(tokens, batch * heads, v.shape[3], groups is not None)
+    pieces, span = cuts.cut_rows(tokens, batch * heads, v.shape[3], groups is not None)
     return Plan(
         batch, tokens, heads, key_heads, key_dim, v.shape[3], width, chunk, pieces, span, operand, precision, k.device,
     )  # fmt: skip
@@ -153,7 +141,7 @@ def plan(q: Tensor | None, k: Tensor, v: Tensor, groups: Tensor | None, normaliz
 
 def room(q: Tensor, v: Tensor, state: tuple[int, ...]) -> Tensor:
     """An empty tensor as the states that enter the pieces, [B, Hkv, pieces, K, W], for one of [B, Hkv, slots, K, W]."""
-    pieces, _ = _cut(q.shape[1], q.shape[0] * q.shape[2], v.shape[3], state[2] == 2)
+    pieces, _ = cuts.cut_rows(q.shape[1], q.shape[0] * q.shape[2], v.shape[3], state[2] == 2)
     return q.new_empty(*state[:2], pieces, *state[3:], dtype=torch.float32)
 
 

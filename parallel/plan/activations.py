@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from ...kernels.linear_attention.cuts import cut_rows
 from ...models.mixer_config import (
     AttentionConfig,
     LinearizedAttentionConfig,
@@ -163,16 +164,9 @@ def _linearized_parts(load: Load, options: LinearizedAttentionConfig) -> Iterato
     yield 4 * tokens * (3 + heads * options.normalize)
     # Each head's factor; the states that enter the pieces.
     yield heads * element
-    sums = key_heads * 4 * load.micro_rows * features * (width + options.normalize)
-    yield sums * (_cuts(load.piece, load.micro_rows * heads, width) + 1)
+    pieces, _ = cut_rows(load.piece, load.micro_rows * heads, width, grouped=True)
+    yield pieces * key_heads * 4 * load.micro_rows * features * (width + options.normalize)
     yield _halo_rows(load, options.conv_taps - 1) * heads * width * element
-
-
-def _cuts(piece: int, rows: int, width: int) -> int:
-    """Pieces that the linear attention's kernel cuts a row into, as many as a GPU runs at once; one more is a group."""
-    programs, units = rows * -(-width // 64), -(-piece // 128)
-    pieces = 1 if programs >= 128 else min(units, 264 // programs)
-    return -(-units // -(-units // pieces))
 
 
 def _halo_rows(load: Load, entries: int | None) -> int:

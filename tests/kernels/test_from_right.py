@@ -68,14 +68,14 @@ def segments_of(documents: str, tokens: int, device: str) -> Segments | None:
 
 def cut_short(monkeypatch) -> None:
     """Lets every kernel cut short rows into several tiles, or chunks and pieces."""
-    from longscan.kernels.linear_attention import kernel as linear
+    from longscan.kernels.linear_attention import cuts
     from longscan.kernels.linear_scan import kernel as scan
     from longscan.kernels.rg_lru import kernel as gated
     from longscan.kernels.taylor_attention import kernel as taylor
 
     for module in (scan, gated):
         monkeypatch.setattr(module, "SUMMARY", (scan.Tile(rows=2, steps=2, block=16, warps=2),) * 2)
-    monkeypatch.setattr(linear, "UNIT", 16)
+    monkeypatch.setattr(cuts, "UNIT", 16)
     planned = taylor.plan
 
     def plan(k: Tensor, v: Tensor, whole: bool = False):

@@ -129,10 +129,10 @@ def assert_within_bar(kernel: list[Tensor], reference: list[Tensor], exact: list
 
 def cut_short(monkeypatch, pieces: int = 2) -> None:
     """Lets the kernel cut chunks of 16 tokens, and rows into `pieces`, so that a short row has several of each."""
-    from longscan.kernels.linear_attention import grouped, kernel
+    from longscan.kernels.linear_attention import cuts, grouped
 
-    monkeypatch.setattr(kernel, "UNIT", 16)
-    monkeypatch.setattr(kernel, "PROGRAMS", pieces * 2)
+    monkeypatch.setattr(cuts, "UNIT", 16)
+    monkeypatch.setattr(cuts, "PROGRAMS", pieces * 2)
     monkeypatch.setattr(grouped, "BLOCK", 16)
 
 
