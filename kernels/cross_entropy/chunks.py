@@ -2,7 +2,8 @@
 
 One chunk of logits exists at a time, in the dtype of the hidden states, and becomes its own gradient in place. A
 gradient to which every chunk adds is summed in fp32 (fp64 for fp64), in the order of the chunks: the weight's where a
-chunk is a block of rows, that of the hidden states where it is a block of the vocabulary.
+chunk is a block of rows, that of the hidden states where it is a block of the vocabulary. Of few rows, all logits take
+no more memory than such a sum: they are one chunk, and no sum is needed.
 
 Rows of logits begin at multiples of 16 bytes. A vocabulary that is no whole number of those gets columns more: those of
 a copy of the weight with rows of zeros, whose logits' gradients are 0.
@@ -32,11 +33,21 @@ TILE, TILE_WIDTH = 128, 256
 ALIGNED = 16
 
 
-def chunk_rows(rows: int, width: int, processors: int) -> int:
+def at_once(rows: int, width: int, element: int) -> bool:
+    """Whether one chunk takes all rows, so that gradients need no sums; an `element` is that many bytes.
+
+    16-bit logits then take 1/8 of themselves and the room of the fp32 gradient of the weight that is not made.
+    """
+    return rows <= FEWEST or rows <= rows // 8 + 4 // element * width
+
+
+def chunk_rows(rows: int, width: int, element: int, processors: int) -> int:
     """Rows a chunk. Its logits take 1/8 of all, and the room of the 16-bit gradient of the weight, not made yet.
 
     A copy of the weight comes on top.
     """
+    if at_once(rows, width, element):
+        return rows
     return _filling(rows, min(MOST_ROWS, rows // 8 + width), width, processors)
 
 
@@ -46,6 +57,16 @@ def chunk_columns(rows: int, columns: int, width: int, processors: int) -> int:
     Its logits take 1/8 of all, and the room of an fp32 gradient of the weight less that of the hidden states' sum.
     """
     return _filling(columns, columns // 8 + 2 * columns * width // rows - width, width, processors)
+
+
+def weight_gradient_dtype(hidden: Tensor) -> torch.dtype:
+    """The dtype of the gradient of the weight: that of a sum, or of the weight where nothing is summed."""
+    return hidden.dtype if _at_once(hidden) else compute_dtype(hidden)
+
+
+def _at_once(hidden: Tensor) -> bool:
+    rows, width = hidden.shape
+    return at_once(rows, width, hidden.element_size())
 
 
 @functools.cache
@@ -77,10 +98,13 @@ def loss_and_gradients(
     smoothing: float,
     cap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(losses [N], gradient of hidden, gradient of weight in fp32) of the sum of the losses: three matrix products."""
+    """(losses [N], gradients of hidden and weight) of the sum of the losses: three matrix products.
+
+    That of the weight is of `weight_gradient_dtype`.
+    """
     losses = hidden.new_empty(hidden.shape[0], dtype=compute_dtype(hidden))
     vocabulary, weight = weight.shape[0], _aligned(weight)
-    dhidden, dweight = torch.empty_like(hidden), _sum_like(weight)
+    dhidden, dweight = torch.empty_like(hidden), torch.empty_like(weight, dtype=weight_gradient_dtype(hidden))
     for rows, logits, within, beyond in _row_chunks(hidden, weight, vocabulary):
         softmax.loss_and_gradient_(within, labels[rows], ignored, z_loss, smoothing, cap, losses[rows])
         beyond.zero_()
@@ -100,15 +124,15 @@ def pieces(softmax: ModuleType, hidden: Tensor, weight: Tensor, labels: Tensor, 
 def pieces_gradients(
     softmax: ModuleType, hidden: Tensor, weight: Tensor, labels: Tensor, by: Pieces, cap: float
 ) -> tuple[Tensor, Tensor]:
-    """(gradient of hidden, gradient of weight), one of them in fp32, from logits computed anew.
+    """(gradient of hidden, gradient of weight) from logits computed anew; one of them in fp32 if chunks are summed.
 
     `by` is every row's highest and the gradients of total, target and spread. With the highest known, chunks may be of
     rows or of columns: whichever leaves the smaller sum to be read and written once a chunk.
     """
     highest, by_total, by_target, by_spread = by
     vocabulary, weight = weight.shape[0], _aligned(weight)
-    if hidden.shape[0] >= vocabulary:
-        dhidden, dweight = torch.empty_like(hidden), _sum_like(weight)
+    if hidden.shape[0] >= vocabulary or _at_once(hidden):
+        dhidden, dweight = torch.empty_like(hidden), torch.empty_like(weight, dtype=weight_gradient_dtype(hidden))
         for rows, logits, within, beyond in _row_chunks(hidden, weight, vocabulary):
             part = (highest[rows], by_total[rows], by_target[rows], by_spread[rows])
             softmax.gradient_(within, labels[rows], part, cap)
@@ -116,7 +140,7 @@ def pieces_gradients(
             torch.mm(logits, weight, out=dhidden[rows])
             _accumulate(dweight, logits.t(), hidden[rows], first=rows.start == 0)
     else:
-        dhidden, dweight = _sum_like(hidden), torch.empty_like(weight)
+        dhidden, dweight = torch.empty_like(hidden, dtype=compute_dtype(hidden)), torch.empty_like(weight)
         for columns, logits, within, beyond in _column_chunks(hidden, weight, vocabulary):
             softmax.gradient_(within, labels, by, cap, columns.start)
             beyond.zero_()
@@ -140,8 +164,8 @@ Chunk = tuple[slice, Tensor, Tensor, Tensor]
 
 def _row_chunks(hidden: Tensor, weight: Tensor, vocabulary: int) -> Iterator[Chunk]:
     """(rows, their logits, those within the vocabulary, those beyond) in order, all in one buffer."""
-    count = hidden.shape[0]
-    step = min(count, chunk_rows(count, hidden.shape[1], processors(hidden)))
+    count, width = hidden.shape
+    step = min(count, chunk_rows(count, width, hidden.element_size(), processors(hidden)))
     buffer = hidden.new_empty(step * weight.shape[0])
     for start in range(0, count, step):
         rows = slice(start, min(start + step, count))
@@ -165,12 +189,8 @@ def _logits(hidden: Tensor, weight: Tensor, buffer: Tensor) -> Tensor:
     return torch.mm(hidden, weight.t(), out=buffer[: rows * columns].view(rows, columns))
 
 
-def _sum_like(tensor: Tensor) -> Tensor:
-    return torch.empty_like(tensor, dtype=compute_dtype(tensor))
-
-
 def _accumulate(into: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
-    """into += left right, or = for the first chunk; on a GPU 16-bit factors meet the fp32 sum in cuBLAS."""
+    """into += left right, or = for the first chunk; on a GPU 16-bit factors meet an fp32 sum in cuBLAS."""
     beta = 0 if first else 1
     if left.is_cuda and left.dtype != into.dtype:
         torch.ops.aten.addmm.dtype_out(into, left, right, into.dtype, beta=beta, out=into)

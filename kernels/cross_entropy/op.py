@@ -213,7 +213,8 @@ def _pieces_backward(
 @_forward.register_fake
 def _(hidden, weight, labels, ignored, z_loss, smoothing, cap, implementation):
     wide = reference.compute_dtype(hidden)
-    return hidden.new_empty((), dtype=wide), _like(hidden), weight.new_empty(weight.shape, dtype=wide)
+    dweight = weight.new_empty(weight.shape, dtype=chunks.weight_gradient_dtype(hidden))
+    return hidden.new_empty((), dtype=wide), _like(hidden), dweight
 
 
 @_scaled.register_fake

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from ...kernels.cross_entropy.chunks import at_once
 from ...kernels.linear_attention.cuts import cut_rows
 from ...models.mixer_config import (
     AttentionConfig,
@@ -72,12 +73,13 @@ def block_input_bytes(load: Load) -> int:
 
 
 def head_bytes(load: Load) -> int:
-    """The last norm and the loss: without tensor ranks it keeps both gradients, the table's in fp32."""
+    """The last norm and the loss: without tensor ranks it keeps both gradients, the table's in fp32 if it is a sum."""
     width, rows = load.model.width, load.tokens
     if load.dims.tensor > 1:
         # The labels counted from the slice, and a dozen numbers a token.
         return _norm_bytes(load) + 8 * rows + 12 * 4 * rows
-    return _norm_bytes(load) + rows * width * load.element + 4 * load.model.vocab_size * width
+    element = load.element if at_once(rows, width, load.element) else 4
+    return _norm_bytes(load) + rows * width * load.element + element * load.model.vocab_size * width
 
 
 def block_bytes(load: Load, name: str) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from ...kernels.cross_entropy.chunks import aligned, chunk_rows
+from ...kernels.cross_entropy.chunks import aligned, at_once, chunk_rows
 from ...models.config import ModelConfig
 from ...models.mixer_config import AttentionConfig, HeadsConfig, MixerConfig, RGLRUConfig, ShortConvConfig
 from ...models.tiles import TILE
@@ -94,26 +94,35 @@ def temporaries(load: Load, stage: int = 0) -> dict[str, int]:
 
     The loss runs before any block's backward pass, and what it kept is gone by then.
     """
-    model, element, tokens = load.model, load.element, load.tokens
-    width, last = model.width, stage == load.dims.pipeline - 1
+    last = stage == load.dims.pipeline - 1
     name = "an MLP's gradients" if load.checkpointing == "none" else "a block computed again"
     backward = max(_block_backward(load, mixer) for mixer in load.stage_mixers(stage))
     found = {name: max(0, backward - last * head_bytes(load))}
     if last:
-        vocabulary = -(-model.vocab_size // load.dims.tensor)
-        rows = min(tokens, chunk_rows(tokens, width, PROCESSORS))
-        columns = aligned(vocabulary, element)
-        # A chunk's logits, and the copy of a weight that was rounded up.
-        logits = (rows * columns + (columns != vocabulary) * columns * width) * element
-        # The gradients of the table and of the hidden states, handed on after the chunk's logits are gone.
-        handed_on = (vocabulary + tokens) * width * element
-        found["the loss"] = max(logits, handed_on) + (4 * vocabulary * width if load.dims.tensor > 1 else 0)
+        found["the loss"] = _loss_temporary(load)
     if load.dims.zero >= 2:
-        found["a bucket of gradients"] = BUCKET * (4 + element)
+        found["a bucket of gradients"] = BUCKET * (4 + load.element)
     if load.dims.zero == 3:
-        live = min(stage_params(load, stage), MOST_LIVE) * element
+        live = min(stage_params(load, stage), MOST_LIVE) * load.element
         found = {f"{name}, parameters gathered": size + live for name, size in found.items()}
     return found
+
+
+def _loss_temporary(load: Load) -> int:
+    """A chunk's logits, the copy of a weight that is rounded up, gradients handed on, and those that tensor ranks sum.
+
+    Without tensor ranks the head keeps the gradients, and hands on others once the logits are gone.
+    """
+    width, tokens, element = load.model.width, load.tokens, load.element
+    vocabulary = -(-load.model.vocab_size // load.dims.tensor)
+    columns, rows = aligned(vocabulary, element), chunk_rows(tokens, width, element, PROCESSORS)
+    logits = (rows * columns + (columns != vocabulary) * columns * width) * element
+    handed_on = (vocabulary + tokens) * width * element
+    if load.dims.tensor == 1:
+        return max(logits, handed_on)
+    if at_once(tokens, width, element):
+        return logits + handed_on
+    return max(logits, handed_on) + 4 * vocabulary * width
 
 
 def _block_backward(load: Load, name: str) -> int:

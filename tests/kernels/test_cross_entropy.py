@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from longscan.kernels.cross_entropy import chunks, linear_cross_entropy, loss_from_pieces, vocabulary_pieces
+from longscan.kernels.cross_entropy import chunks, linear_cross_entropy, loss_from_pieces, op, vocabulary_pieces
 
 OPTIONS = [
     {},
@@ -45,6 +45,7 @@ def with_gradients(function, inputs, seed=1):
 @pytest.fixture
 def short_chunks(monkeypatch):
     """Chunks of 7 rows or 3 columns, so that a few rows or columns make several."""
+    monkeypatch.setattr(chunks, "at_once", lambda *_: False)
     monkeypatch.setattr(chunks, "chunk_rows", lambda *_: 7)
     monkeypatch.setattr(chunks, "chunk_columns", lambda *_: 3)
 
@@ -134,6 +135,24 @@ def test_kernel_within_bar(reduction, dtype, options, device, short_chunks):
     kernel_against_bar(dtype, {**options, "reduction": reduction}, (10, 6, 37), device)
 
 
+@options_given
+@pytest.mark.parametrize("implementation", ["reference", "triton"])
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_one_chunk_is_as_exact_as_autograd(reduction, implementation, options, device):
+    """Its gradients are rounded by the products that make them, and again with the loss's scale."""
+    inputs, labels = make(40, 24, 37, torch.float16, device)
+    assert chunks.weight_gradient_dtype(inputs[0]) == torch.float16
+    options = {**options, "reduction": reduction}
+    run = lambda *a: linear_cross_entropy(*a, labels, **options, implementation=implementation)  # noqa: E731
+    found, plain = (with_gradients(f, inputs) for f in (run, lambda *a: naive(*a, labels, **options)))
+    exact = with_gradients(
+        lambda *a: naive(*a, labels.cpu(), **options), [t.detach().cpu().double().requires_grad_() for t in inputs]
+    )
+    for ours, theirs, e in zip(found, plain, exact, strict=True):
+        errors = [float((t.cpu().double() - e).norm() / e.norm()) for t in (ours, theirs)]
+        assert errors[0] <= 1.2 * errors[1] + torch.finfo(torch.float16).eps / 4, errors
+
+
 @pytest.mark.parametrize("options", [OPTIONS[0], OPTIONS[-1]], ids=["plain", "all"])
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 @aligned
@@ -182,7 +201,7 @@ def test_columns_beyond_the_vocabulary_count_for_nothing(rows, vocabulary, dtype
 @pytest.mark.gpu
 @options_given
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
-@pytest.mark.parametrize("shape", [(1, 64, 257), (2500, 128, 32000), (1100, 72, 50257)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 64, 257), (2500, 128, 32000), (1100, 72, 50257), (1100, 488, 50257)], ids=str)
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 def test_kernel_within_bar_on_gpu(reduction, shape, dtype, options):
     kernel_against_bar(dtype, {**options, "reduction": reduction}, shape, "cuda")
@@ -265,7 +284,7 @@ def test_chunks_hold_an_eighth_of_the_logits_beyond_gradients(rows, width, vocab
     """Of 16-bit inputs: in bytes, without the gradients, one fp32 gradient of the weight and a copy of it."""
     eighth = 2 * rows * vocabulary // 8
     wide, narrow = 4 * vocabulary * width, 2 * vocabulary * width
-    held = 2 * chunks.aligned(vocabulary, 2) * chunks.chunk_rows(rows, width, 132)
+    held = 2 * chunks.aligned(vocabulary, 2) * chunks.chunk_rows(rows, width, 2, 132)
     assert held - narrow <= eighth  # the forward pass: the weight's gradient is in fp32 only
     held = 2 * rows * chunks.chunk_columns(rows, vocabulary, width, 132)
     assert rows >= vocabulary or held + 2 * rows * width - wide <= eighth
@@ -277,11 +296,20 @@ def test_rows_of_logits_begin_at_16_bytes(vocabulary, element, columns):
 
 
 def test_chunks_fill_the_processors():
-    assert chunks.chunk_rows(16384, 2560, 132) == 3328  # 26 x 10 tiles: two rounds of 132 less 4
-    assert chunks.chunk_rows(16384, 2048, 132) == 4096  # 32 x 8 tiles
+    assert chunks.chunk_rows(16384, 2560, 2, 132) == 3328  # 26 x 10 tiles: two rounds of 132 less 4
+    assert chunks.chunk_rows(16384, 2048, 2, 132) == 4096  # 32 x 8 tiles
     assert chunks.chunk_columns(16384, 32000, 2560, 132) == 8448  # 66 x 10 tiles: five rounds
-    assert chunks.chunk_rows(700, 2560, 132) == 700
-    assert chunks.chunk_rows(10**6, 64, 1) == chunks.MOST_ROWS
+    assert chunks.chunk_rows(10**6, 64, 2, 1) == chunks.MOST_ROWS
+
+
+@pytest.mark.parametrize("element", [2, 4])
+@pytest.mark.parametrize(("rows", "width"), [(700, 64), (4096, 2560), (8192, 4096), (9362, 4096), (4000, 64)])
+def test_few_rows_are_one_chunk_with_no_sum(rows, width, element):
+    """They may hold what a sum in fp32 would beside the gradients and an eighth of the logits; for [V, D] = [1, D]."""
+    allowed = 4 * width + element * rows // 8
+    single = rows <= chunks.FEWEST or element * rows <= allowed
+    assert chunks.at_once(rows, width, element) == single
+    assert (chunks.chunk_rows(rows, width, element, 132) == rows) == single
 
 
 @pytest.mark.parametrize("reduction", ["sum", "none"])
@@ -295,6 +323,14 @@ def test_compiles_without_graph_breaks(reduction):
     actual = torch.autograd.grad(torch.compile(run, fullgraph=True, backend="aot_eager")(*inputs), inputs)
     for one, other in zip(expected, actual, strict=True):
         torch.testing.assert_close(other, one)
+
+
+@pytest.mark.parametrize("rows", [10, 1100], ids=["one chunk", "chunks"])
+def test_operators_say_the_dtypes_of_their_gradients(rows):
+    inputs, labels = make(rows, 16, 11, torch.bfloat16)
+    assert chunks.at_once(rows, 16, 2) == (rows == 10)
+    torch.library.opcheck(op._forward.operator, [*inputs, labels, -100, 0.0, 0.0, 0.0, "reference"])
+    torch.library.opcheck(op._pieces.operator, [*inputs, labels, 0.0, "reference"])
 
 
 def test_bad_arguments_are_named():
