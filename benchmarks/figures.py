@@ -22,8 +22,9 @@ _TOKENS = (
     r"\(\d{1,3}, (?P<tokens>\d+)(, [\dx]+)+\)",
     r" (?P<tokens>\d+) x \d+ x \d+",
 )
-_ONE_ROW = re.compile(r"\bB 1\b|\(1, ")
-LONG = 32768
+# Works that were measured at several lengths, and the usual ones: of a row, and of cross entropy's rows of logits.
+_SEVERAL = re.compile(r"\bB 1\b|\(1, | x 2560 x 32000")
+USUAL = (32768, 16384)
 
 
 class Series(NamedTuple):
@@ -44,9 +45,9 @@ def series(work: str) -> Series | None:
 
 
 def is_sweep(work: str) -> bool:
-    """Whether a work is only there to show the growth with T: one row, and not of 32768 tokens."""
+    """Whether a work is only there to show the growth with T: of one row, and not of a usual length."""
     place = series(work)
-    return place is not None and place.tokens != LONG and bool(_ONE_ROW.search(work))
+    return place is not None and place.tokens not in USUAL and bool(_SEVERAL.search(work))
 
 
 def op_of(work: str) -> str:

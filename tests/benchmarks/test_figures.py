@@ -40,6 +40,9 @@ def test_an_op_is_the_first_word():
         ("attention causal B 8 T 2048 H 16/16 K 128", False),
         ("taylor_attention (B, H, T) = (1, 16, 2048) K 16", True),
         ("taylor_attention_step B 1 H 16", False),
+        ("linear_cross_entropy 131072 x 2560 x 32000 bf16", True),
+        ("linear_cross_entropy 16384 x 2560 x 32000 bf16", False),
+        ("linear_cross_entropy 8192 x 4096 x 128256 bf16", False),
     ],
 )
 def test_quick_leaves_the_growth_with_t_out(work, swept):
