@@ -22,7 +22,7 @@ from longscan.models.sequence import Entry, LocalContext
 from longscan.parallel import ParallelDims
 from longscan.parallel.context import ContextParallelContext
 from longscan.parallel.plan import Load, memory
-from longscan.parallel.plan.activations import activation_bytes, batch_bytes, block_bytes, in_flight
+from longscan.parallel.plan.activations import activation_bytes, batch_bytes, block_bytes, head_bytes, in_flight
 from longscan.parallel.plan.memory import stage_params, temporaries
 
 PRESETS = ("griffin-tiny", "based-tiny", "alibi-tiny", "linearized-tiny")
@@ -329,6 +329,22 @@ def test_states_by_hand():
     assert (sharded.parameters, sharded.gradients, sharded.optimizer) == (2 * share, 4 * share, 12 * share)
     offloaded = memory(replace(load, dims=ParallelDims(data=4, offload_optimizer=True)))
     assert (offloaded.optimizer, offloaded.host) == (0, 16 * share)
+
+
+@pytest.mark.parametrize(("tokens", "kept", "logits"), [(4096, 2, 4096), (16384, 4, 4096)], ids=["one chunk", "chunks"])
+def test_loss_by_hand(tokens, kept, logits):
+    """Of few rows all logits are one chunk, and neither the table's gradient nor a sum is in fp32."""
+    load = load_of("griffin-tiny", dims=ParallelDims(zero=0), seq_len=tokens, micro_rows=1)
+    load = replace(load, model=replace(load.model, width=2048, vocab_size=32000))
+    table, hidden = 32000 * 2048, tokens * 2048
+    norm = 2 * 2 * hidden + 4 * tokens
+    assert head_bytes(load) == norm + 2 * hidden + kept * table
+    assert temporaries(load)["the loss"] == 2 * logits * 32000
+    # Half the table. The gradients come with the logits, or after them beside an fp32 sum.
+    load = replace(load, dims=ParallelDims(tensor=2, zero=0))
+    handed_on = 2 * (table // 2 + hidden)
+    expected = 2 * logits * 16000 + handed_on if kept == 2 else handed_on + 2 * table
+    assert temporaries(load)["the loss"] == expected
 
 
 def test_stages_of_a_pipeline_hold_the_model_once_but_for_a_tied_table():
