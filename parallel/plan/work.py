@@ -47,26 +47,25 @@ class Ratio:
     impl: str = "longscan"
 
 
-# As measured on one H100 in bf16 at the time of the steps that docs/plan.md compares; those without a work are assumed.
-# `measured_ratios` reads the newest.
+# As measured on one H100 in bf16; those without a work are assumed. `measured_ratios` reads the newest.
 RATIOS = {
     "product": Ratio(1.15, 1.15),
     "pointwise": Ratio(1.1, 1.1),
-    "norm": Ratio(1.03, 1.77, r"rms_norm \(32768, 2560\) bf16"),
-    "gated": Ratio(0.99, 0.98, r"geglu \(32768, 7680\) bf16"),
-    "rotary": Ratio(1.22, 1.23, r"rotary \(32768, 16, 128\), 128 dims rotated, bf16"),
-    "scan": Ratio(1.26, 1.24, r"rg_lru \(1, 32768, 2560\) bf16"),
-    "gates": Ratio(1.51, 1.85, r"gates \(1, 32768, 16x160\) bf16"),
-    "conv": Ratio(1.09, 1.12, r"short_conv \(4, 8192, 2560\) 4 taps bf16"),
-    "window": Ratio(1.73, 2.78, r"attention window 1024 B 1 T 32768 H 10/1 K 256 bf16"),
-    "attention": Ratio(1.66, 2.15, r"attention causal B 1 T 32768 H 16/16 K 128 bf16"),
+    "norm": Ratio(1.05, 1.07, r"rms_norm \(32768, 2560\) bf16"),
+    "gated": Ratio(0.99, 0.99, r"geglu \(32768, 7680\) bf16"),
+    "rotary": Ratio(1.11, 1.10, r"rotary \(32768, 16, 128\), 128 dims rotated, bf16"),
+    "scan": Ratio(1.16, 1.19, r"rg_lru \(1, 32768, 2560\) bf16"),
+    "gates": Ratio(1.51, 1.84, r"gates \(1, 32768, 16x160\) bf16"),
+    "conv": Ratio(1.05, 1.11, r"short_conv \(4, 8192, 2560\) 4 taps bf16"),
+    "window": Ratio(1.32, 2.51, r"attention window 1024 B 1 T 32768 H 10/1 K 256 bf16"),
+    "attention": Ratio(1.19, 1.39, r"attention causal B 1 T 32768 H 16/16 K 128 bf16"),
     "narrow window": Ratio(1.69, 2.09, r"attention window 64 B 1 T 32768 H 16/1 K 64 bf16"),
-    "alibi": Ratio(0.45, 0.42, r"attention causal ALiBi B 1 T 32768 H 16/16 K 128 bf16"),
-    "taylor": Ratio(4.9, 4.9, r"taylor_attention \(B, H, T\) = \(1, 16, 32768\) K 16 V 64 bf16"),
-    "linear attention": Ratio(2.58, 3.12, r"linear_attention group 64 \(B, H, T\) = \(1, 16, 32768\) K 128 V 128 bf16"),
-    "loss": Ratio(1.19, 1.17, r"linear_cross_entropy 16384 x 2560 x 32000 bf16"),
+    "alibi": Ratio(0.29, 0.37, r"attention causal ALiBi B 1 T 32768 H 16/16 K 128 bf16"),
+    "taylor": Ratio(4.92, 6.19, r"taylor_attention \(B, H, T\) = \(1, 16, 32768\) K 16 V 64 bf16"),
+    "linear attention": Ratio(2.59, 3.13, r"linear_attention group 64 \(B, H, T\) = \(1, 16, 32768\) K 128 V 128 bf16"),
+    "loss": Ratio(1.15, 1.12, r"linear_cross_entropy 16384 x 2560 x 32000 bf16"),
     "loss of a slice": Ratio(
-        1.20, 1.54, r"linear_cross_entropy 16384 x 2560 x 32000 bf16", "longscan, vocabulary slice"
+        1.16, 1.54, r"linear_cross_entropy 16384 x 2560 x 32000 bf16", "longscan, vocabulary slice"
     ),
 }
 
