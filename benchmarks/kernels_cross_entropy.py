@@ -87,7 +87,7 @@ def candidates() -> None:
             _print(f"slice, forward, {name}", lambda: chunks.pieces(kernel, hidden, weight, labels, 0.0))
     for rows in (3328, 4096):
         _print_parts(hidden, weight, labels, rows)
-    for rows in (chunks.chunk_rows(count, width, 2, SMS), 4096, 4608, count):
+    for rows in (chunks.chunk_rows(count, width, SMS), 4096, 4608, count):
         with _set(chunks, "chunk_rows", lambda *_, rows=rows: rows):
             _print(f"sum, chunks of {rows} rows", partial(_both, linear_cross_entropy, inputs, labels), 7)
     for columns in (chunks.chunk_columns(count, *weight.shape, SMS), 10752, 6400):

@@ -155,7 +155,7 @@ class LanguageModel(nn.Module):
         return torch.tanh(logits / cap) * cap if cap else logits
 
     def cross_entropy(self, hidden: Tensor, labels: Tensor, **options: Any) -> Tensor:
-        """`kernels.linear_cross_entropy` of normed hidden states [..., D] and labels [...], the logits never whole.
+        """`kernels.linear_cross_entropy` of normed hidden states [..., D], labels [...], a chunk of logits at a time.
 
         `options` are its reduction (a row is a label, in order), ignore_index, z_loss and label_smoothing.
         """

@@ -1,4 +1,4 @@
-"""Cross entropy of a linear layer, hidden states to loss in chunks; the N x V logits never exist at once."""
+"""Cross entropy of a linear layer, hidden states to loss, a chunk of the logits at a time."""
 
 from .op import linear_cross_entropy, loss_from_pieces, vocabulary_pieces
 

@@ -2,8 +2,8 @@
 
 One chunk of logits exists at a time, in the dtype of the hidden states, and becomes its own gradient in place. A
 gradient to which every chunk adds is summed in fp32 (fp64 for fp64), in the order of the chunks: the weight's where a
-chunk is a block of rows, that of the hidden states where it is a block of the vocabulary. Of few rows, all logits take
-no more memory than such a sum: they are one chunk, and no sum is needed.
+chunk is a block of rows, that of the hidden states where it is a block of the vocabulary. 16-bit logits of few rows
+take little more memory than such a sum: they are one chunk, and no sum is needed.
 
 Rows of logits begin at multiples of 16 bytes. A vocabulary that is no whole number of those gets columns more: those of
 a copy of the weight with rows of zeros, whose logits' gradients are 0.
@@ -23,8 +23,8 @@ from ..dispatch import processors
 from ..sizes import cdiv
 from .reference import Pieces, compute_dtype
 
-# A chunk's least rows or columns, below which the sum over chunks costs more than the products, and its most rows,
-# above which memory buys nothing more.
+# The least rows or columns of one of several chunks, below which the sum over chunks costs more than the products, and
+# the most rows, above which memory buys nothing more.
 FEWEST, MOST_ROWS = 1024, 5120
 # The outputs that one processor of a GPU makes at a time in cuBLAS's fastest product.
 TILE, TILE_WIDTH = 128, 256
@@ -33,21 +33,19 @@ TILE, TILE_WIDTH = 128, 256
 ALIGNED = 16
 
 
-def at_once(rows: int, width: int, element: int) -> bool:
-    """Whether one chunk takes all rows, so that gradients need no sums; an `element` is that many bytes.
+def at_once(rows: int, width: int) -> bool:
+    """Whether 16-bit logits of all rows take at most 1/8 of themselves and an fp32 gradient of the weight.
 
-    16-bit logits then take 1/8 of themselves and the room of the fp32 gradient of the weight that is not made.
+    One chunk needs no such sum.
     """
-    return rows <= FEWEST or rows <= rows // 8 + 4 // element * width
+    return rows - rows // 8 <= 2 * width
 
 
-def chunk_rows(rows: int, width: int, element: int, processors: int) -> int:
+def chunk_rows(rows: int, width: int, processors: int) -> int:
     """Rows a chunk. Its logits take 1/8 of all, and the room of the 16-bit gradient of the weight, not made yet.
 
     A copy of the weight comes on top.
     """
-    if at_once(rows, width, element):
-        return rows
     return _filling(rows, min(MOST_ROWS, rows // 8 + width), width, processors)
 
 
@@ -57,16 +55,6 @@ def chunk_columns(rows: int, columns: int, width: int, processors: int) -> int:
     Its logits take 1/8 of all, and the room of an fp32 gradient of the weight less that of the hidden states' sum.
     """
     return _filling(columns, columns // 8 + 2 * columns * width // rows - width, width, processors)
-
-
-def weight_gradient_dtype(hidden: Tensor) -> torch.dtype:
-    """The dtype of the gradient of the weight: that of a sum, or of the weight where nothing is summed."""
-    return hidden.dtype if _at_once(hidden) else compute_dtype(hidden)
-
-
-def _at_once(hidden: Tensor) -> bool:
-    rows, width = hidden.shape
-    return at_once(rows, width, hidden.element_size())
 
 
 @functools.cache
@@ -97,15 +85,16 @@ def loss_and_gradients(
     z_loss: float,
     smoothing: float,
     cap: float,
+    once: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(losses [N], gradients of hidden and weight) of the sum of the losses: three matrix products.
 
-    That of the weight is of `weight_gradient_dtype`.
+    With `once` all rows are one chunk and the weight's gradient is in its dtype, otherwise a sum in fp32.
     """
     losses = hidden.new_empty(hidden.shape[0], dtype=compute_dtype(hidden))
     vocabulary, weight = weight.shape[0], _aligned(weight)
-    dhidden, dweight = torch.empty_like(hidden), torch.empty_like(weight, dtype=weight_gradient_dtype(hidden))
-    for rows, logits, within, beyond in _row_chunks(hidden, weight, vocabulary):
+    dhidden, dweight = torch.empty_like(hidden), torch.empty_like(weight) if once else _sum_like(weight)
+    for rows, logits, within, beyond in _row_chunks(hidden, weight, vocabulary, once):
         softmax.loss_and_gradient_(within, labels[rows], ignored, z_loss, smoothing, cap, losses[rows])
         beyond.zero_()
         torch.mm(logits, weight, out=dhidden[rows])
@@ -131,16 +120,17 @@ def pieces_gradients(
     """
     highest, by_total, by_target, by_spread = by
     vocabulary, weight = weight.shape[0], _aligned(weight)
-    if hidden.shape[0] >= vocabulary or _at_once(hidden):
-        dhidden, dweight = torch.empty_like(hidden), torch.empty_like(weight, dtype=weight_gradient_dtype(hidden))
-        for rows, logits, within, beyond in _row_chunks(hidden, weight, vocabulary):
+    once = hidden.element_size() == 2 and at_once(*hidden.shape)
+    if once or hidden.shape[0] >= vocabulary:
+        dhidden, dweight = torch.empty_like(hidden), torch.empty_like(weight) if once else _sum_like(weight)
+        for rows, logits, within, beyond in _row_chunks(hidden, weight, vocabulary, once):
             part = (highest[rows], by_total[rows], by_target[rows], by_spread[rows])
             softmax.gradient_(within, labels[rows], part, cap)
             beyond.zero_()
             torch.mm(logits, weight, out=dhidden[rows])
             _accumulate(dweight, logits.t(), hidden[rows], first=rows.start == 0)
     else:
-        dhidden, dweight = torch.empty_like(hidden, dtype=compute_dtype(hidden)), torch.empty_like(weight)
+        dhidden, dweight = _sum_like(hidden), torch.empty_like(weight)
         for columns, logits, within, beyond in _column_chunks(hidden, weight, vocabulary):
             softmax.gradient_(within, labels, by, cap, columns.start)
             beyond.zero_()
@@ -162,10 +152,10 @@ def _aligned(weight: Tensor) -> Tensor:
 Chunk = tuple[slice, Tensor, Tensor, Tensor]
 
 
-def _row_chunks(hidden: Tensor, weight: Tensor, vocabulary: int) -> Iterator[Chunk]:
+def _row_chunks(hidden: Tensor, weight: Tensor, vocabulary: int, once: bool = False) -> Iterator[Chunk]:
     """(rows, their logits, those within the vocabulary, those beyond) in order, all in one buffer."""
     count, width = hidden.shape
-    step = min(count, chunk_rows(count, width, hidden.element_size(), processors(hidden)))
+    step = count if once else min(count, chunk_rows(count, width, processors(hidden)))
     buffer = hidden.new_empty(step * weight.shape[0])
     for start in range(0, count, step):
         rows = slice(start, min(start + step, count))
@@ -187,6 +177,10 @@ def _column_chunks(hidden: Tensor, weight: Tensor, vocabulary: int) -> Iterator[
 def _logits(hidden: Tensor, weight: Tensor, buffer: Tensor) -> Tensor:
     rows, columns = hidden.shape[0], weight.shape[0]
     return torch.mm(hidden, weight.t(), out=buffer[: rows * columns].view(rows, columns))
+
+
+def _sum_like(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, dtype=compute_dtype(tensor))
 
 
 def _accumulate(into: Tensor, left: Tensor, right: Tensor, first: bool) -> None:

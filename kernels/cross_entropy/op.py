@@ -36,8 +36,9 @@ def linear_cross_entropy(
         l = soft_cap tanh(logits / soft_cap),   lse = log sum_j exp(l_j)
         loss = lse - (1 - label_smoothing) l_label - label_smoothing mean_j(l_j) + z_loss lse^2
 
-    Logits are rounded to the dtype of hidden, as a linear layer's are; only a chunk of them exists at a time. A row
-    whose label is `ignore_index` has loss 0 and passes no gradient.
+    Logits are rounded to the dtype of hidden, as a linear layer's are. One chunk of them exists at a time: an eighth of
+    all, and as much as a gradient of the weight takes. A row whose label is `ignore_index` has loss 0 and passes no
+    gradient.
 
     Args:
         hidden: [N, D].
@@ -70,7 +71,10 @@ def linear_cross_entropy(
             label_smoothing=label_smoothing,
         )
         return losses if reduction == "none" else losses.sum()
-    losses, _, _ = _forward(hidden, weight, labels, ignore_index, z_loss, label_smoothing, soft_cap, implementation)
+    # bf16 holds a gradient of any scale. Compiled code sums: it may be for any number of rows.
+    once = hidden.dtype == torch.bfloat16 and not torch.compiler.is_compiling() and chunks.at_once(*hidden.shape)
+    options = (ignore_index, z_loss, label_smoothing, soft_cap, once)
+    losses, _, _ = _forward(hidden, weight, labels, *options, implementation)
     return losses
 
 
@@ -158,6 +162,7 @@ def _forward(
     z_loss: float,
     smoothing: float,
     cap: float,
+    once: bool,
     implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     losses, dhidden, dweight = chunks.loss_and_gradients(
@@ -169,6 +174,7 @@ def _forward(
         z_loss,
         smoothing,
         cap,
+        once,
     )
     return losses.sum(), dhidden, dweight
 
@@ -211,9 +217,9 @@ def _pieces_backward(
 
 
 @_forward.register_fake
-def _(hidden, weight, labels, ignored, z_loss, smoothing, cap, implementation):
+def _(hidden, weight, labels, ignored, z_loss, smoothing, cap, once, implementation):
     wide = reference.compute_dtype(hidden)
-    dweight = weight.new_empty(weight.shape, dtype=chunks.weight_gradient_dtype(hidden))
+    dweight = weight.new_empty(weight.shape, dtype=weight.dtype if once else wide)
     return hidden.new_empty((), dtype=wide), _like(hidden), dweight
 
 
@@ -245,7 +251,7 @@ def _save(ctx, inputs, output):
 def _gradients(ctx, dloss: Tensor, *_):
     hidden, weight, dhidden, dweight = ctx.saved_tensors
     scaled = (_scaled(d, dloss, like, ctx.implementation) for d, like in ((dhidden, hidden), (dweight, weight)))
-    return *scaled, *[None] * 6
+    return *scaled, *[None] * 7
 
 
 def _save_pieces(ctx, inputs, output):

@@ -78,7 +78,7 @@ def head_bytes(load: Load) -> int:
     if load.dims.tensor > 1:
         # The labels counted from the slice, and a dozen numbers a token.
         return _norm_bytes(load) + 8 * rows + 12 * 4 * rows
-    element = load.element if at_once(rows, width, load.element) else 4
+    element = 2 if load.element == 2 and at_once(rows, width) else 4
     return _norm_bytes(load) + rows * width * load.element + element * load.model.vocab_size * width
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from ...kernels.cross_entropy.chunks import aligned, at_once, chunk_rows
+from ...kernels.cross_entropy.chunks import aligned, at_once, chunk_columns, chunk_rows
 from ...models.config import ModelConfig
 from ...models.mixer_config import AttentionConfig, HeadsConfig, MixerConfig, RGLRUConfig, ShortConvConfig
 from ...models.tiles import TILE
@@ -109,20 +109,30 @@ def temporaries(load: Load, stage: int = 0) -> dict[str, int]:
 
 
 def _loss_temporary(load: Load) -> int:
-    """A chunk's logits, the copy of a weight that is rounded up, gradients handed on, and those that tensor ranks sum.
+    """Logits and gradients of kernels/cross_entropy/chunks.py, and the copy of a weight that is rounded up.
 
-    Without tensor ranks the head keeps the gradients, and hands on others once the logits are gone.
+    Without tensor ranks the forward pass makes the gradients, which `head_bytes` counts, and the backward pass scaled
+    ones, when the logits are gone. With them the backward pass makes both, and rounds a sum when the logits are gone.
     """
     width, tokens, element = load.model.width, load.tokens, load.element
     vocabulary = -(-load.model.vocab_size // load.dims.tensor)
-    columns, rows = aligned(vocabulary, element), chunk_rows(tokens, width, element, PROCESSORS)
-    logits = (rows * columns + (columns != vocabulary) * columns * width) * element
-    handed_on = (vocabulary + tokens) * width * element
+    columns = aligned(vocabulary, element)
+    table, hidden = columns * width, tokens * width
+    once = element == 2 and at_once(tokens, width)
+    logits = tokens if once else min(tokens, chunk_rows(tokens, width, PROCESSORS))
+    logits = logits * columns * element + (columns != vocabulary) * table * element
+    rounded = (vocabulary * width + hidden) * element
     if load.dims.tensor == 1:
-        return max(logits, handed_on)
-    if at_once(tokens, width, element):
-        return logits + handed_on
-    return max(logits, handed_on) + 4 * vocabulary * width
+        return max(logits, rounded)
+    if once:
+        return logits + (table + hidden) * element
+    if tokens >= vocabulary:
+        gradients, summed = 4 * table + hidden * element, vocabulary * width
+    else:
+        step = min(vocabulary, chunk_columns(tokens, vocabulary, width, PROCESSORS))
+        logits = tokens * (step + columns - vocabulary) * element + (columns != vocabulary) * table * element
+        gradients, summed = table * element + 4 * hidden, hidden
+    return gradients + max(logits, summed * element if element < 4 else 0)
 
 
 def _block_backward(load: Load, name: str) -> int:

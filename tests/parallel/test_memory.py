@@ -4,6 +4,7 @@ import weakref
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from longscan.parallel import ParallelDims
 from longscan.parallel.context import ContextParallelContext
 from longscan.parallel.plan import Load, memory
 from longscan.parallel.plan.activations import activation_bytes, batch_bytes, block_bytes, head_bytes, in_flight
-from longscan.parallel.plan.memory import stage_params, temporaries
+from longscan.parallel.plan.memory import PROCESSORS, stage_params, temporaries
 
 PRESETS = ("griffin-tiny", "based-tiny", "alibi-tiny", "linearized-tiny")
 ROWS, TOKENS = 2, 384
@@ -331,20 +332,43 @@ def test_states_by_hand():
     assert (offloaded.optimizer, offloaded.host) == (0, 16 * share)
 
 
-@pytest.mark.parametrize(("tokens", "kept", "logits"), [(4096, 2, 4096), (16384, 4, 4096)], ids=["one chunk", "chunks"])
-def test_loss_by_hand(tokens, kept, logits):
-    """Of few rows all logits are one chunk, and neither the table's gradient nor a sum is in fp32."""
-    load = load_of("griffin-tiny", dims=ParallelDims(zero=0), seq_len=tokens, micro_rows=1)
-    load = replace(load, model=replace(load.model, width=2048, vocab_size=32000))
-    table, hidden = 32000 * 2048, tokens * 2048
-    norm = 2 * 2 * hidden + 4 * tokens
-    assert head_bytes(load) == norm + 2 * hidden + kept * table
-    assert temporaries(load)["the loss"] == 2 * logits * 32000
-    # Half the table. The gradients come with the logits, or after them beside an fp32 sum.
-    load = replace(load, dims=ParallelDims(tensor=2, zero=0))
-    handed_on = 2 * (table // 2 + hidden)
-    expected = 2 * logits * 16000 + handed_on if kept == 2 else handed_on + 2 * table
-    assert temporaries(load)["the loss"] == expected
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("tensor", [1, 2])
+@pytest.mark.parametrize(
+    ("tokens", "width", "vocabulary"),
+    [
+        (512, 2048, 32000),
+        (4096, 2560, 32000),
+        (16384, 2560, 32000),
+        (16384, 2560, 100514),
+        (8192, 4096, 512000),
+        (40000, 8192, 32000),
+    ],
+)
+def test_the_loss_takes_what_the_plan_says(monkeypatch, tokens, width, vocabulary, tensor, precision):
+    """In one chunk, by rows and by columns, of a vocabulary that is rounded up; the last norm aside."""
+    load = load_of("griffin-tiny", dims=ParallelDims(tensor=tensor, zero=0), seq_len=tokens, micro_rows=1)
+    load = replace(load, model=replace(load.model, width=width, vocab_size=vocabulary), precision=precision)
+    softmax = dict.fromkeys(("loss_and_gradient_", "gradient_", "statistics"), lambda *a: None)
+    softmax["scaled"] = lambda tensor, factor, dtype: torch.empty_like(tensor, dtype=dtype)
+    monkeypatch.setattr(loss, "_module", lambda *a: SimpleNamespace(**softmax))
+    monkeypatch.setattr(loss.chunks, "processors", lambda t: PROCESSORS)
+    monkeypatch.setattr(loss.chunks, "_accumulate", lambda *a, **options: None)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    with FakeTensorMode():
+        hidden, table = (torch.empty(n, width, dtype=dtype) for n in (tokens, vocabulary // tensor))
+        inputs = hidden, table, torch.empty(tokens, dtype=torch.int64)
+        with Live(inputs) as live:
+            if tensor == 1:
+                once = precision == "bf16" and loss.chunks.at_once(tokens, width)
+                made = loss._forward._function(*inputs, -100, 0.0, 0.0, 0.0, once, "")
+                gradients = [loss._scaled._function(d, made[0], x, "") for d, x in zip(made[1:], inputs, strict=False)]
+            else:
+                pieces = loss._pieces._function(*inputs, 0.0, "")
+                gradients = loss._pieces_backward._function(*inputs, *pieces, 0.0, "")
+    norm = 2 * hidden.nbytes + 4 * tokens
+    planned = temporaries(load)["the loss"] + (head_bytes(load) - norm if tensor == 1 else 0)
+    assert len(gradients) == 2 and planned == pytest.approx(live.most, rel=3e-3)
 
 
 def test_stages_of_a_pipeline_hold_the_model_once_but_for_a_tied_table():
