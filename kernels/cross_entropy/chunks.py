@@ -85,21 +85,40 @@ def loss_and_gradients(
     z_loss: float,
     smoothing: float,
     cap: float,
-    once: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(losses [N], gradients of hidden and weight) of the sum of the losses: three matrix products.
-
-    With `once` all rows are one chunk and the weight's gradient is in its dtype, otherwise a sum in fp32.
-    """
+    """(losses [N], gradient of hidden, gradient of weight in fp32) of the sum of the losses: three matrix products."""
     losses = hidden.new_empty(hidden.shape[0], dtype=compute_dtype(hidden))
     vocabulary, weight = weight.shape[0], _aligned(weight)
-    dhidden, dweight = torch.empty_like(hidden), torch.empty_like(weight) if once else _sum_like(weight)
-    for rows, logits, within, beyond in _row_chunks(hidden, weight, vocabulary, once):
+    dhidden, dweight = torch.empty_like(hidden), _sum_like(weight)
+    for rows, logits, within, beyond in _row_chunks(hidden, weight, vocabulary):
         softmax.loss_and_gradient_(within, labels[rows], ignored, z_loss, smoothing, cap, losses[rows])
         beyond.zero_()
         torch.mm(logits, weight, out=dhidden[rows])
         _accumulate(dweight, logits.t(), hidden[rows], first=rows.start == 0)
     return losses, dhidden, dweight[:vocabulary]
+
+
+def loss_at_once(
+    softmax: ModuleType,
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    ignored: int,
+    z_loss: float,
+    smoothing: float,
+    cap: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(losses [N], gradient of hidden, gradient of the logits) of the sum of the losses: two matrix products.
+
+    The logits have the columns of a weight that is rounded up. Their gradient makes the weight's once the scale of the
+    loss is known, with which few hidden states are multiplied sooner than a large table.
+    """
+    losses = hidden.new_empty(hidden.shape[0], dtype=compute_dtype(hidden))
+    vocabulary, weight = weight.shape[0], _aligned(weight)
+    logits = torch.mm(hidden, weight.t())
+    softmax.loss_and_gradient_(logits[:, :vocabulary], labels, ignored, z_loss, smoothing, cap, losses)
+    logits[:, vocabulary:].zero_()
+    return losses, torch.mm(logits, weight), logits
 
 
 def pieces(softmax: ModuleType, hidden: Tensor, weight: Tensor, labels: Tensor, cap: float) -> Pieces:

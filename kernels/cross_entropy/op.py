@@ -1,8 +1,9 @@
 """linear_cross_entropy as a differentiable op: checks, dispatch, autograd. The maths is in reference.py and kernel.py.
 
-Two ways. A summed loss computes its gradients in the forward pass, chunk by chunk, and the backward pass scales them:
-three matrix products. The pieces of a vocabulary slice, and a loss per row, keep only four numbers a row and compute
-the logits anew in the backward pass: four. Each pass is one step (opaque.py) to torch.compile.
+A summed loss computes its gradients in the forward pass, chunk by chunk, and the backward pass scales them: three
+matrix products. Of few rows, that of the weight is left to the backward pass. The pieces of a vocabulary slice, and a
+loss per row, keep only four numbers a row and compute the logits anew in the backward pass: four. Each pass is one step
+(opaque.py) to torch.compile.
 """
 
 from __future__ import annotations
@@ -71,10 +72,10 @@ def linear_cross_entropy(
             label_smoothing=label_smoothing,
         )
         return losses if reduction == "none" else losses.sum()
-    # bf16 holds a gradient of any scale. Compiled code sums: it may be for any number of rows.
+    # Hidden states times a small scale leave the range of fp16. Compiled code may be for any number of rows.
     once = hidden.dtype == torch.bfloat16 and not torch.compiler.is_compiling() and chunks.at_once(*hidden.shape)
-    options = (ignore_index, z_loss, label_smoothing, soft_cap, once)
-    losses, _, _ = _forward(hidden, weight, labels, *options, implementation)
+    forward, options = _forward_at_once if once else _forward, (ignore_index, z_loss, label_smoothing, soft_cap)
+    losses, _, _ = forward(hidden, weight, labels, *options, implementation)
     return losses
 
 
@@ -162,21 +163,29 @@ def _forward(
     z_loss: float,
     smoothing: float,
     cap: float,
-    once: bool,
     implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    losses, dhidden, dweight = chunks.loss_and_gradients(
-        _module(implementation, hidden),
-        hidden.contiguous(),
-        weight.contiguous(),
-        labels.contiguous(),
-        ignored,
-        z_loss,
-        smoothing,
-        cap,
-        once,
-    )
+    inputs = (t.contiguous() for t in (hidden, weight, labels))
+    softmax = _module(implementation, hidden)
+    losses, dhidden, dweight = chunks.loss_and_gradients(softmax, *inputs, ignored, z_loss, smoothing, cap)
     return losses.sum(), dhidden, dweight
+
+
+@opaque("linear_cross_entropy_at_once")
+def _forward_at_once(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    ignored: int,
+    z_loss: float,
+    smoothing: float,
+    cap: float,
+    implementation: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    inputs = (t.contiguous() for t in (hidden, weight, labels))
+    softmax = _module(implementation, hidden)
+    losses, dhidden, dlogits = chunks.loss_at_once(softmax, *inputs, ignored, z_loss, smoothing, cap)
+    return losses.sum(), dhidden, dlogits
 
 
 @opaque("scaled")
@@ -217,10 +226,16 @@ def _pieces_backward(
 
 
 @_forward.register_fake
-def _(hidden, weight, labels, ignored, z_loss, smoothing, cap, once, implementation):
+def _(hidden, weight, labels, ignored, z_loss, smoothing, cap, implementation):
     wide = reference.compute_dtype(hidden)
-    dweight = weight.new_empty(weight.shape, dtype=weight.dtype if once else wide)
-    return hidden.new_empty((), dtype=wide), _like(hidden), dweight
+    return hidden.new_empty((), dtype=wide), _like(hidden), weight.new_empty(weight.shape, dtype=wide)
+
+
+@_forward_at_once.register_fake
+def _(hidden, weight, labels, ignored, z_loss, smoothing, cap, implementation):
+    loss = hidden.new_empty((), dtype=reference.compute_dtype(hidden))
+    columns = chunks.aligned(weight.shape[0], weight.element_size())
+    return loss, _like(hidden), hidden.new_empty(hidden.shape[0], columns)
 
 
 @_scaled.register_fake
@@ -244,14 +259,23 @@ def _like(tensor: Tensor) -> Tensor:
 
 def _save(ctx, inputs, output):
     hidden, weight, *_, ctx.implementation = inputs
-    _, dhidden, dweight = output
-    ctx.save_for_backward(hidden, weight, dhidden, dweight)
+    ctx.save_for_backward(hidden, weight, *output[1:])
 
 
 def _gradients(ctx, dloss: Tensor, *_):
     hidden, weight, dhidden, dweight = ctx.saved_tensors
     scaled = (_scaled(d, dloss, like, ctx.implementation) for d, like in ((dhidden, hidden), (dweight, weight)))
-    return *scaled, *[None] * 7
+    return *scaled, *[None] * 6
+
+
+def _gradients_at_once(ctx, dloss: Tensor, *_):
+    hidden, weight, dhidden, dlogits = ctx.saved_tensors
+    dweight = None
+    if ctx.needs_input_grad[1]:
+        scaled = _scaled(hidden, dloss, hidden, ctx.implementation)
+        dweight = torch.mm(dlogits.t(), scaled)[: weight.shape[0]]
+        del scaled
+    return _scaled(dhidden, dloss, hidden, ctx.implementation), dweight, *[None] * 6
 
 
 def _save_pieces(ctx, inputs, output):
@@ -266,4 +290,5 @@ def _pieces_gradients(ctx, _, *gradients: Tensor | None):
 
 
 _forward.register_autograd(_gradients, setup_context=_save)
+_forward_at_once.register_autograd(_gradients_at_once, setup_context=_save)
 _pieces.register_autograd(_pieces_gradients, setup_context=_save_pieces)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from ...kernels.cross_entropy.chunks import at_once
+from ...kernels.cross_entropy.chunks import aligned, at_once
 from ...kernels.linear_attention.cuts import cut_rows
 from ...models.mixer_config import (
     AttentionConfig,
@@ -73,13 +73,19 @@ def block_input_bytes(load: Load) -> int:
 
 
 def head_bytes(load: Load) -> int:
-    """The last norm and the loss: without tensor ranks it keeps both gradients, the table's in fp32 if it is a sum."""
+    """The last norm and the loss: without tensor ranks the gradients of the hidden states and, in fp32, of the table.
+
+    In place of the latter a loss of few rows keeps the gradient of its logits.
+    """
     width, rows = load.model.width, load.tokens
     if load.dims.tensor > 1:
         # The labels counted from the slice, and a dozen numbers a token.
         return _norm_bytes(load) + 8 * rows + 12 * 4 * rows
-    element = 2 if load.element == 2 and at_once(rows, width) else 4
-    return _norm_bytes(load) + rows * width * load.element + element * load.model.vocab_size * width
+    if load.element == 2 and at_once(rows, width):
+        kept = 2 * rows * aligned(load.model.vocab_size, 2)
+    else:
+        kept = 4 * width * load.model.vocab_size
+    return _norm_bytes(load) + rows * width * load.element + kept
 
 
 def block_bytes(load: Load, name: str) -> int:

@@ -112,25 +112,27 @@ def _loss_temporary(load: Load) -> int:
     """Logits and gradients of kernels/cross_entropy/chunks.py, and the copy of a weight that is rounded up.
 
     Without tensor ranks the forward pass makes the gradients, which `head_bytes` counts, and the backward pass scaled
-    ones, when the logits are gone. With them the backward pass makes both, and rounds a sum when the logits are gone.
+    ones, when the logits are gone. Of few rows `head_bytes` counts the logits, and the backward pass makes the table's
+    gradient from them and scaled hidden states. With tensor ranks the backward pass makes both gradients, and rounds a
+    sum when the logits are gone.
     """
     width, tokens, element = load.model.width, load.tokens, load.element
     vocabulary = -(-load.model.vocab_size // load.dims.tensor)
     columns = aligned(vocabulary, element)
     table, hidden = columns * width, tokens * width
     once = element == 2 and at_once(tokens, width)
-    logits = tokens if once else min(tokens, chunk_rows(tokens, width, PROCESSORS))
-    logits = logits * columns * element + (columns != vocabulary) * table * element
-    rounded = (vocabulary * width + hidden) * element
-    if load.dims.tensor == 1:
-        return max(logits, rounded)
+    copy = (columns != vocabulary) * table * element
     if once:
-        return logits + (table + hidden) * element
+        gradients = (table + hidden) * element
+        return max(copy, gradients) if load.dims.tensor == 1 else tokens * columns * element + copy + gradients
+    logits = min(tokens, chunk_rows(tokens, width, PROCESSORS)) * columns * element + copy
+    if load.dims.tensor == 1:
+        return max(logits, (vocabulary * width + hidden) * element)
     if tokens >= vocabulary:
         gradients, summed = 4 * table + hidden * element, vocabulary * width
     else:
         step = min(vocabulary, chunk_columns(tokens, vocabulary, width, PROCESSORS))
-        logits = tokens * (step + columns - vocabulary) * element + (columns != vocabulary) * table * element
+        logits = tokens * (step + columns - vocabulary) * element + copy
         gradients, summed = table * element + 4 * hidden, hidden
     return gradients + max(logits, summed * element if element < 4 else 0)
 

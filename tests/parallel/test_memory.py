@@ -361,8 +361,12 @@ def test_the_loss_takes_what_the_plan_says(monkeypatch, tokens, width, vocabular
         with Live(inputs) as live:
             if tensor == 1:
                 once = precision == "bf16" and loss.chunks.at_once(tokens, width)
-                made = loss._forward._function(*inputs, -100, 0.0, 0.0, 0.0, once, "")
-                gradients = [loss._scaled._function(d, made[0], x, "") for d, x in zip(made[1:], inputs, strict=False)]
+                forward = loss._forward_at_once if once else loss._forward
+                made = forward._function(*inputs, -100, 0.0, 0.0, 0.0, "")
+                backward = loss._gradients_at_once if once else loss._gradients
+                context = SimpleNamespace(saved_tensors=(hidden, table, *made[1:]), implementation="")
+                context.needs_input_grad = (True, True)
+                gradients = backward(context, made[0])[:2]
             else:
                 pieces = loss._pieces._function(*inputs, 0.0, "")
                 gradients = loss._pieces_backward._function(*inputs, *pieces, 0.0, "")
