@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from types import ModuleType
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -76,22 +77,22 @@ def _filling(size: int, most: int, width: int, processors: int) -> int:
     return TILE * max(range(tiles // 2 + 1, tiles + 1), key=lambda count: (filled(count), count))
 
 
+class Differentiate(Protocol):
+    """`loss_and_gradient_` of reference.py or kernel.py with its options."""
+
+    def __call__(self, logits: Tensor, labels: Tensor, *, out: Tensor) -> None:
+        """Writes losses to `out` [n], over the logits [n, V] the gradient of the losses' sum."""
+
+
 def loss_and_gradients(
-    softmax: ModuleType,
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    ignored: int,
-    z_loss: float,
-    smoothing: float,
-    cap: float,
+    differentiate: Differentiate, hidden: Tensor, weight: Tensor, labels: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(losses [N], gradient of hidden, gradient of weight in fp32) of the sum of the losses: three matrix products."""
     losses = hidden.new_empty(hidden.shape[0], dtype=compute_dtype(hidden))
     vocabulary, weight = weight.shape[0], _aligned(weight)
     dhidden, dweight = torch.empty_like(hidden), _sum_like(weight)
     for rows, logits, within, beyond in _row_chunks(hidden, weight, vocabulary):
-        softmax.loss_and_gradient_(within, labels[rows], ignored, z_loss, smoothing, cap, losses[rows])
+        differentiate(within, labels[rows], out=losses[rows])
         beyond.zero_()
         torch.mm(logits, weight, out=dhidden[rows])
         _accumulate(dweight, logits.t(), hidden[rows], first=rows.start == 0)
@@ -99,14 +100,7 @@ def loss_and_gradients(
 
 
 def loss_at_once(
-    softmax: ModuleType,
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    ignored: int,
-    z_loss: float,
-    smoothing: float,
-    cap: float,
+    differentiate: Differentiate, hidden: Tensor, weight: Tensor, labels: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(losses [N], gradient of hidden, gradient of the logits) of the sum of the losses: two matrix products.
 
@@ -116,7 +110,7 @@ def loss_at_once(
     losses = hidden.new_empty(hidden.shape[0], dtype=compute_dtype(hidden))
     vocabulary, weight = weight.shape[0], _aligned(weight)
     logits = torch.mm(hidden, weight.t())
-    softmax.loss_and_gradient_(logits[:, :vocabulary], labels, ignored, z_loss, smoothing, cap, losses)
+    differentiate(logits[:, :vocabulary], labels, out=losses)
     logits[:, vocabulary:].zero_()
     return losses, torch.mm(logits, weight), logits
 

@@ -8,6 +8,7 @@ loss per row, keep only four numbers a row and compute the logits anew in the ba
 
 from __future__ import annotations
 
+from functools import partial
 from types import ModuleType
 
 import torch
@@ -74,8 +75,8 @@ def linear_cross_entropy(
         return losses if reduction == "none" else losses.sum()
     # Hidden states times a small scale leave the range of fp16. Compiled code may be for any number of rows.
     once = hidden.dtype == torch.bfloat16 and not torch.compiler.is_compiling() and chunks.at_once(*hidden.shape)
-    forward, options = _forward_at_once if once else _forward, (ignore_index, z_loss, label_smoothing, soft_cap)
-    losses, _, _ = forward(hidden, weight, labels, *options, implementation)
+    options = (ignore_index, z_loss, label_smoothing, soft_cap, once)
+    losses, _, _ = _forward(hidden, weight, labels, *options, implementation)
     return losses
 
 
@@ -163,29 +164,15 @@ def _forward(
     z_loss: float,
     smoothing: float,
     cap: float,
+    once: bool,
     implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    inputs = (t.contiguous() for t in (hidden, weight, labels))
-    softmax = _module(implementation, hidden)
-    losses, dhidden, dweight = chunks.loss_and_gradients(softmax, *inputs, ignored, z_loss, smoothing, cap)
-    return losses.sum(), dhidden, dweight
-
-
-@opaque("linear_cross_entropy_at_once")
-def _forward_at_once(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    ignored: int,
-    z_loss: float,
-    smoothing: float,
-    cap: float,
-    implementation: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    inputs = (t.contiguous() for t in (hidden, weight, labels))
-    softmax = _module(implementation, hidden)
-    losses, dhidden, dlogits = chunks.loss_at_once(softmax, *inputs, ignored, z_loss, smoothing, cap)
-    return losses.sum(), dhidden, dlogits
+    """(sum of the losses, gradient of hidden, that of weight in fp32 or with `once` that of the logits)."""
+    options = {"ignored": ignored, "z_loss": z_loss, "smoothing": smoothing, "cap": cap}
+    differentiate = partial(_module(implementation, hidden).loss_and_gradient_, **options)
+    compute = chunks.loss_at_once if once else chunks.loss_and_gradients
+    losses, dhidden, kept = compute(differentiate, hidden.contiguous(), weight.contiguous(), labels.contiguous())
+    return losses.sum(), dhidden, kept
 
 
 @opaque("scaled")
@@ -226,16 +213,13 @@ def _pieces_backward(
 
 
 @_forward.register_fake
-def _(hidden, weight, labels, ignored, z_loss, smoothing, cap, implementation):
+def _(hidden, weight, labels, ignored, z_loss, smoothing, cap, once, implementation):
     wide = reference.compute_dtype(hidden)
-    return hidden.new_empty((), dtype=wide), _like(hidden), weight.new_empty(weight.shape, dtype=wide)
-
-
-@_forward_at_once.register_fake
-def _(hidden, weight, labels, ignored, z_loss, smoothing, cap, implementation):
-    loss = hidden.new_empty((), dtype=reference.compute_dtype(hidden))
-    columns = chunks.aligned(weight.shape[0], weight.element_size())
-    return loss, _like(hidden), hidden.new_empty(hidden.shape[0], columns)
+    if once:
+        kept = hidden.new_empty(hidden.shape[0], chunks.aligned(weight.shape[0], weight.element_size()))
+    else:
+        kept = weight.new_empty(weight.shape, dtype=wide)
+    return hidden.new_empty((), dtype=wide), _like(hidden), kept
 
 
 @_scaled.register_fake
@@ -258,24 +242,19 @@ def _like(tensor: Tensor) -> Tensor:
 
 
 def _save(ctx, inputs, output):
-    hidden, weight, *_, ctx.implementation = inputs
+    hidden, weight, *_, ctx.once, ctx.implementation = inputs
     ctx.save_for_backward(hidden, weight, *output[1:])
 
 
 def _gradients(ctx, dloss: Tensor, *_):
-    hidden, weight, dhidden, dweight = ctx.saved_tensors
-    scaled = (_scaled(d, dloss, like, ctx.implementation) for d, like in ((dhidden, hidden), (dweight, weight)))
-    return *scaled, *[None] * 6
-
-
-def _gradients_at_once(ctx, dloss: Tensor, *_):
-    hidden, weight, dhidden, dlogits = ctx.saved_tensors
-    dweight = None
-    if ctx.needs_input_grad[1]:
-        scaled = _scaled(hidden, dloss, hidden, ctx.implementation)
-        dweight = torch.mm(dlogits.t(), scaled)[: weight.shape[0]]
-        del scaled
-    return _scaled(dhidden, dloss, hidden, ctx.implementation), dweight, *[None] * 6
+    hidden, weight, dhidden, kept = ctx.saved_tensors
+    if not ctx.once:
+        dweight = _scaled(kept, dloss, weight, ctx.implementation)
+    elif ctx.needs_input_grad[1]:
+        dweight = torch.mm(kept.t(), _scaled(hidden, dloss, hidden, ctx.implementation))[: weight.shape[0]]
+    else:
+        dweight = None
+    return _scaled(dhidden, dloss, hidden, ctx.implementation), dweight, *[None] * 7
 
 
 def _save_pieces(ctx, inputs, output):
@@ -290,5 +269,4 @@ def _pieces_gradients(ctx, _, *gradients: Tensor | None):
 
 
 _forward.register_autograd(_gradients, setup_context=_save)
-_forward_at_once.register_autograd(_gradients_at_once, setup_context=_save)
 _pieces.register_autograd(_pieces_gradients, setup_context=_save_pieces)

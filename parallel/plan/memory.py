@@ -124,7 +124,7 @@ def _loss_temporary(load: Load) -> int:
     copy = (columns != vocabulary) * table * element
     if once:
         gradients = (table + hidden) * element
-        return max(copy, gradients) if load.dims.tensor == 1 else tokens * columns * element + copy + gradients
+        return gradients + (tokens * columns * element + copy if load.dims.tensor > 1 else 0)
     logits = min(tokens, chunk_rows(tokens, width, PROCESSORS)) * columns * element + copy
     if load.dims.tensor == 1:
         return max(logits, (vocabulary * width + hidden) * element)
