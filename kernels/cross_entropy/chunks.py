@@ -3,7 +3,7 @@
 One chunk of logits exists at a time, in the dtype of the hidden states, and becomes its own gradient in place. A
 gradient to which every chunk adds is summed in fp32 (fp64 for fp64), in the order of the chunks: the weight's where a
 chunk is a block of rows, that of the hidden states where it is a block of the vocabulary. 16-bit logits of few rows
-take little more memory than such a sum: they are one chunk, and no sum is needed.
+take little more memory than such a sum: they may be one chunk, and no sum is needed.
 
 Rows of logits begin at multiples of 16 bytes. A vocabulary that is no whole number of those gets columns more: those of
 a copy of the weight with rows of zeros, whose logits' gradients are 0.
@@ -107,12 +107,18 @@ def loss_at_once(
     The logits have the columns of a weight that is rounded up. Their gradient makes the weight's once the scale of the
     loss is known, with which few hidden states are multiplied sooner than a large table.
     """
-    losses = hidden.new_empty(hidden.shape[0], dtype=compute_dtype(hidden))
+    losses, dhidden = hidden.new_empty(hidden.shape[0], dtype=compute_dtype(hidden)), torch.empty_like(hidden)
     vocabulary, weight = weight.shape[0], _aligned(weight)
-    logits = torch.mm(hidden, weight.t())
+    logits = _logits(hidden, weight, hidden.new_empty(hidden.shape[0] * weight.shape[0]))
     differentiate(logits[:, :vocabulary], labels, out=losses)
     logits[:, vocabulary:].zero_()
-    return losses, torch.mm(logits, weight), logits
+    return losses, torch.mm(logits, weight, out=dhidden), logits
+
+
+def weight_gradient(dlogits: Tensor, hidden: Tensor, vocabulary: int) -> Tensor:
+    """The gradient of the weight [V, D], of which a vocabulary that is rounded up has rows more in memory."""
+    dweight = hidden.new_empty(dlogits.shape[1], hidden.shape[1])
+    return torch.mm(dlogits.t(), hidden, out=dweight)[:vocabulary]
 
 
 def pieces(softmax: ModuleType, hidden: Tensor, weight: Tensor, labels: Tensor, cap: float) -> Pieces:

@@ -1,9 +1,9 @@
 """linear_cross_entropy as a differentiable op: checks, dispatch, autograd. The maths is in reference.py and kernel.py.
 
 A summed loss computes its gradients in the forward pass, chunk by chunk, and the backward pass scales them: three
-matrix products. Of few rows, that of the weight is left to the backward pass. The pieces of a vocabulary slice, and a
-loss per row, keep only four numbers a row and compute the logits anew in the backward pass: four. Each pass is one step
-(opaque.py) to torch.compile.
+matrix products. Of few rows in bf16, that of the weight is left to the backward pass. The pieces of a vocabulary
+slice, and a loss per row, keep only four numbers a row and compute the logits anew in the backward pass: four. Each
+pass is one step (opaque.py) to torch.compile.
 """
 
 from __future__ import annotations
@@ -39,15 +39,16 @@ def linear_cross_entropy(
         loss = lse - (1 - label_smoothing) l_label - label_smoothing mean_j(l_j) + z_loss lse^2
 
     Logits are rounded to the dtype of hidden, as a linear layer's are. One chunk of them exists at a time: an eighth of
-    all, and as much as a gradient of the weight takes. A row whose label is `ignore_index` has loss 0 and passes no
-    gradient.
+    all, and as much as a gradient of the weight takes. In bf16 all exist until the backward pass where that is no more
+    than an eighth of them and a gradient of the weight in fp32. A row whose label is `ignore_index` has loss 0 and
+    passes no gradient.
 
     Args:
         hidden: [N, D].
         weight: [V, D] in hidden's dtype.
         labels: int64 or int32 [N], each in [0, V) or `ignore_index`.
         ignore_index: the label of rows that do not count; negative.
-        reduction: "sum" for a scalar, its gradients computed in the forward pass; "none" for [N].
+        reduction: "sum" for a scalar, its gradients mostly computed in the forward pass; "none" for [N].
         z_loss: weight of lse^2.
         label_smoothing: share of the target spread over all V tokens.
         soft_cap: bound of the logits; 0 for none.
@@ -181,6 +182,13 @@ def _scaled(tensor: Tensor, factor: Tensor, like: Tensor, implementation: str) -
     return _module(implementation, like).scaled(tensor.contiguous(), factor, like.dtype)
 
 
+@opaque("linear_cross_entropy_weight_gradient")
+def _weight_gradient(dlogits: Tensor, hidden: Tensor, dloss: Tensor, vocabulary: int, implementation: str) -> Tensor:
+    """The gradient of the weight by that of the logits, for a loss whose gradient is `dloss`."""
+    scaled = _module(implementation, hidden).scaled(hidden.contiguous(), dloss, hidden.dtype)
+    return chunks.weight_gradient(dlogits, scaled, vocabulary)
+
+
 @opaque("vocabulary_pieces")
 def _pieces(
     hidden: Tensor, weight: Tensor, labels: Tensor, cap: float, implementation: str
@@ -227,6 +235,11 @@ def _(tensor, factor, like, implementation):
     return torch.empty_like(tensor, dtype=like.dtype)
 
 
+@_weight_gradient.register_fake
+def _(dlogits, hidden, dloss, vocabulary, implementation):
+    return hidden.new_empty(vocabulary, hidden.shape[1])
+
+
 @_pieces.register_fake
 def _(hidden, weight, labels, cap, implementation):
     return tuple(hidden.new_empty(hidden.shape[:1], dtype=reference.compute_dtype(hidden)) for _ in range(4))
@@ -243,18 +256,20 @@ def _like(tensor: Tensor) -> Tensor:
 
 def _save(ctx, inputs, output):
     hidden, weight, *_, ctx.once, ctx.implementation = inputs
-    ctx.save_for_backward(hidden, weight, *output[1:])
+    needed = (t if needs else None for t, needs in zip(output[1:], ctx.needs_input_grad, strict=False))
+    ctx.save_for_backward(hidden, weight, *needed)
 
 
 def _gradients(ctx, dloss: Tensor, *_):
     hidden, weight, dhidden, kept = ctx.saved_tensors
-    if not ctx.once:
+    dweight = None
+    if dhidden is not None:
+        dhidden = _scaled(dhidden, dloss, hidden, ctx.implementation)
+    if kept is not None and ctx.once:
+        dweight = _weight_gradient(kept, hidden, dloss, weight.shape[0], ctx.implementation)
+    elif kept is not None:
         dweight = _scaled(kept, dloss, weight, ctx.implementation)
-    elif ctx.needs_input_grad[1]:
-        dweight = torch.mm(kept.t(), _scaled(hidden, dloss, hidden, ctx.implementation))[: weight.shape[0]]
-    else:
-        dweight = None
-    return _scaled(dhidden, dloss, hidden, ctx.implementation), dweight, *[None] * 7
+    return dhidden, dweight, *[None] * 7
 
 
 def _save_pieces(ctx, inputs, output):

@@ -75,7 +75,7 @@ def block_input_bytes(load: Load) -> int:
 def head_bytes(load: Load) -> int:
     """The last norm and the loss: without tensor ranks the gradients of the hidden states and, in fp32, of the table.
 
-    In place of the latter a loss of few rows keeps the gradient of its logits.
+    In place of the latter a loss of few rows in bf16 keeps the gradient of its logits.
     """
     width, rows = load.model.width, load.tokens
     if load.dims.tensor > 1:

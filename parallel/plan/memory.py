@@ -112,9 +112,9 @@ def _loss_temporary(load: Load) -> int:
     """Logits and gradients of kernels/cross_entropy/chunks.py, and the copy of a weight that is rounded up.
 
     Without tensor ranks the forward pass makes the gradients, which `head_bytes` counts, and the backward pass scaled
-    ones, when the logits are gone. Of few rows `head_bytes` counts the logits, and the backward pass makes the table's
-    gradient from them and scaled hidden states. With tensor ranks the backward pass makes both gradients, and rounds a
-    sum when the logits are gone.
+    ones, when the logits are gone. Of few rows in bf16 `head_bytes` counts the logits, and the backward pass makes the
+    table's gradient from them. With tensor ranks the backward pass makes both gradients, and rounds a sum when the
+    logits are gone.
     """
     width, tokens, element = load.model.width, load.tokens, load.element
     vocabulary = -(-load.model.vocab_size // load.dims.tensor)

@@ -376,6 +376,28 @@ def test_gradient_of_one_input_alone(frozen, rows):
 
 
 @pytest.mark.parametrize("rows", [10, 40], ids=["one chunk", "chunks"])
+@pytest.mark.parametrize("autocast", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+def test_autocast_changes_nothing(autocast, rows):
+    inputs, labels = make(rows, 6, 11, torch.bfloat16)
+    with torch.autocast("cpu", autocast):
+        loss = linear_cross_entropy(*inputs, labels)
+        found = torch.autograd.grad(loss, inputs)
+    expected = linear_cross_entropy(*inputs, labels)
+    for one, other in zip((loss, *found), (expected, *torch.autograd.grad(expected, inputs)), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("rows", [10, 40], ids=["one chunk", "chunks"])
+@pytest.mark.parametrize("frozen", [0, 1], ids=["hidden", "weight"])
+def test_a_derivative_of_gradients_is_refused(frozen, rows):
+    inputs, labels = make(rows, 6, 11, torch.bfloat16)
+    inputs[frozen].requires_grad_(False)
+    (gradient,) = torch.autograd.grad(linear_cross_entropy(*inputs, labels), inputs[1 - frozen], create_graph=True)
+    with pytest.raises(RuntimeError, match="Trying to backward through longscan"):
+        gradient.float().sum().backward()
+
+
+@pytest.mark.parametrize("rows", [10, 40], ids=["one chunk", "chunks"])
 def test_a_second_backward_pass_finds_the_same(rows):
     inputs, labels = make(rows, 6, 11, torch.bfloat16)
     loss = linear_cross_entropy(*inputs, labels)
@@ -388,6 +410,8 @@ def test_operators_say_what_they_return():
     inputs, labels = make(10, 16, 11, torch.bfloat16)
     for once in (False, True):
         torch.library.opcheck(op._forward.operator, [*inputs, labels, -100, 0.0, 0.0, 0.0, once, "reference"])
+    dlogits, scale = torch.randn(10, 16, dtype=torch.bfloat16), torch.tensor(0.5)
+    torch.library.opcheck(op._weight_gradient.operator, [dlogits, inputs[0].detach(), scale, 11, "reference"])
     torch.library.opcheck(op._pieces.operator, [*inputs, labels, 0.0, "reference"])
 
 

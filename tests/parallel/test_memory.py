@@ -363,8 +363,7 @@ def test_the_loss_takes_what_the_plan_says(monkeypatch, tokens, width, vocabular
             if tensor == 1:
                 once = precision == "bf16" and loss.chunks.at_once(tokens, width)
                 made = loss._forward._function(*inputs, -100, 0.0, 0.0, 0.0, once, "")
-                context = SimpleNamespace(once=once, implementation="", needs_input_grad=(True, True))
-                context.saved_tensors = (hidden, table, *made[1:])
+                context = SimpleNamespace(once=once, implementation="", saved_tensors=(hidden, table, *made[1:]))
                 gradients = loss._gradients(context, made[0])[:2]
             else:
                 pieces = loss._pieces._function(*inputs, 0.0, "")
