@@ -263,12 +263,12 @@ def _save(ctx, inputs, output):
 def _gradients(ctx, dloss: Tensor, *_):
     hidden, weight, dhidden, kept = ctx.saved_tensors
     dweight = None
-    if dhidden is not None:
-        dhidden = _scaled(dhidden, dloss, hidden, ctx.implementation)
     if kept is not None and ctx.once:
         dweight = _weight_gradient(kept, hidden, dloss, weight.shape[0], ctx.implementation)
     elif kept is not None:
         dweight = _scaled(kept, dloss, weight, ctx.implementation)
+    if dhidden is not None:
+        dhidden = _scaled(dhidden, dloss, hidden, ctx.implementation)
     return dhidden, dweight, *[None] * 7
 
 
