@@ -6,11 +6,10 @@ Inputs are [B, T, H, K] for every implementation; the peers get transposed views
 from __future__ import annotations
 
 import argparse
-import functools
 import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
+from functools import cache, partial
 from multiprocessing import get_context
 from typing import NamedTuple
 
@@ -153,7 +152,7 @@ def flex(case: Case) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     def penalise(score, b, h, i, j):
         return score if bias is None else score - bias[h] * (i - j)
 
-    @functools.cache
+    @cache
     def mask() -> BlockMask:
         # Uncompiled it holds a number for each pair of tokens.
         make = torch.compile(create_block_mask) if case.tokens > LONG[1] else create_block_mask

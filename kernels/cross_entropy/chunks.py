@@ -109,9 +109,9 @@ def loss_at_once(
     """
     losses, dhidden = hidden.new_empty(hidden.shape[0], dtype=compute_dtype(hidden)), torch.empty_like(hidden)
     vocabulary, weight = weight.shape[0], _aligned(weight)
-    logits = _logits(hidden, weight, hidden.new_empty(hidden.shape[0] * weight.shape[0]))
-    differentiate(logits[:, :vocabulary], labels, out=losses)
-    logits[:, vocabulary:].zero_()
+    ((_, logits, within, beyond),) = _row_chunks(hidden, weight, vocabulary, once=True)
+    differentiate(within, labels, out=losses)
+    beyond.zero_()
     return losses, torch.mm(logits, weight, out=dhidden), logits
 
 

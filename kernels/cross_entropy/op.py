@@ -183,10 +183,9 @@ def _scaled(tensor: Tensor, factor: Tensor, like: Tensor, implementation: str) -
 
 
 @opaque("linear_cross_entropy_weight_gradient")
-def _weight_gradient(dlogits: Tensor, hidden: Tensor, dloss: Tensor, vocabulary: int, implementation: str) -> Tensor:
-    """The gradient of the weight by that of the logits, for a loss whose gradient is `dloss`."""
-    scaled = _module(implementation, hidden).scaled(hidden.contiguous(), dloss, hidden.dtype)
-    return chunks.weight_gradient(dlogits, scaled, vocabulary)
+def _weight_gradient(dlogits: Tensor, hidden: Tensor, vocabulary: int) -> Tensor:
+    """The gradient of the weight by that of the logits; either factor may carry the scale of the loss."""
+    return chunks.weight_gradient(dlogits, hidden, vocabulary)
 
 
 @opaque("vocabulary_pieces")
@@ -236,7 +235,7 @@ def _(tensor, factor, like, implementation):
 
 
 @_weight_gradient.register_fake
-def _(dlogits, hidden, dloss, vocabulary, implementation):
+def _(dlogits, hidden, vocabulary):
     return hidden.new_empty(vocabulary, hidden.shape[1])
 
 
@@ -264,7 +263,7 @@ def _gradients(ctx, dloss: Tensor, *_):
     hidden, weight, dhidden, kept = ctx.saved_tensors
     dweight = None
     if kept is not None and ctx.once:
-        dweight = _weight_gradient(kept, hidden, dloss, weight.shape[0], ctx.implementation)
+        dweight = _weight_gradient(kept, _scaled(hidden, dloss, hidden, ctx.implementation), weight.shape[0])
     elif kept is not None:
         dweight = _scaled(kept, dloss, weight, ctx.implementation)
     if dhidden is not None:

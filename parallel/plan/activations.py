@@ -81,11 +81,16 @@ def head_bytes(load: Load) -> int:
     if load.dims.tensor > 1:
         # The labels counted from the slice, and a dozen numbers a token.
         return _norm_bytes(load) + 8 * rows + 12 * 4 * rows
-    if load.element == 2 and at_once(rows, width):
+    if logits_at_once(load):
         kept = 2 * rows * aligned(load.model.vocab_size, 2)
     else:
         kept = 4 * width * load.model.vocab_size
     return _norm_bytes(load) + rows * width * load.element + kept
+
+
+def logits_at_once(load: Load) -> bool:
+    """Whether the loss makes all its logits at once."""
+    return load.element == 2 and at_once(load.tokens, load.model.width)
 
 
 def block_bytes(load: Load, name: str) -> int:

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from ...kernels.cross_entropy.chunks import aligned, at_once, chunk_columns, chunk_rows
+from ...kernels.cross_entropy.chunks import aligned, chunk_columns, chunk_rows
 from ...models.config import ModelConfig
 from ...models.mixer_config import AttentionConfig, HeadsConfig, MixerConfig, RGLRUConfig, ShortConvConfig
 from ...models.tiles import TILE
-from .activations import activation_bytes, block_input_bytes, head_bytes, host_bytes, mixed_bytes
+from .activations import activation_bytes, block_input_bytes, head_bytes, host_bytes, logits_at_once, mixed_bytes
 from .load import Load
 
 # Multiprocessors of an H100: they decide how many rows of logits the loss makes at a time.
@@ -120,9 +120,8 @@ def _loss_temporary(load: Load) -> int:
     vocabulary = -(-load.model.vocab_size // load.dims.tensor)
     columns = aligned(vocabulary, element)
     table, hidden = columns * width, tokens * width
-    once = element == 2 and at_once(tokens, width)
     copy = (columns != vocabulary) * table * element
-    if once:
+    if logits_at_once(load):
         gradients = (table + hidden) * element
         return gradients + (tokens * columns * element + copy if load.dims.tensor > 1 else 0)
     logits = min(tokens, chunk_rows(tokens, width, PROCESSORS)) * columns * element + copy
