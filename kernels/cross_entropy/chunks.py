@@ -12,9 +12,9 @@ a copy of the weight with rows of zeros, whose logits' gradients are 0.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -84,35 +84,25 @@ class Differentiate(Protocol):
         """Writes losses to `out` [n], over the logits [n, V] the gradient of the losses' sum."""
 
 
+# What is kept for the gradient of the weight: that itself, a sum over chunks; the gradient of the logits, which are one
+# chunk then; or nothing, since it is frozen.
+Keep = Literal["gradient", "logits", "nothing"]
+
+
 def loss_and_gradients(
-    differentiate: Differentiate, hidden: Tensor, weight: Tensor, labels: Tensor
+    differentiate: Differentiate, hidden: Tensor, weight: Tensor, labels: Tensor, keep: Keep
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(losses [N], gradient of hidden, gradient of weight in fp32) of the sum of the losses: three matrix products."""
-    losses = hidden.new_empty(hidden.shape[0], dtype=compute_dtype(hidden))
-    vocabulary, weight = weight.shape[0], _aligned(weight)
-    dhidden, dweight = torch.empty_like(hidden), _sum_like(weight)
-    for rows, logits, within, beyond in _row_chunks(hidden, weight, vocabulary):
-        differentiate(within, labels[rows], out=losses[rows])
-        beyond.zero_()
-        torch.mm(logits, weight, out=dhidden[rows])
-        _accumulate(dweight, logits.t(), hidden[rows], first=rows.start == 0)
-    return losses, dhidden, dweight[:vocabulary]
+    """(losses [N], gradient of hidden, what is kept) of the sum of the losses: three matrix products, else two.
 
-
-def loss_at_once(
-    differentiate: Differentiate, hidden: Tensor, weight: Tensor, labels: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(losses [N], gradient of hidden, gradient of the logits) of the sum of the losses: two matrix products.
-
-    The logits have the columns of a weight that is rounded up. Their gradient makes the weight's once the scale of the
-    loss is known, with which few hidden states are multiplied sooner than a large table.
+    Logits that are kept make the weight's gradient once the scale of the loss is known, with which few hidden states
+    are multiplied sooner than a large table.
     """
-    losses, dhidden = hidden.new_empty(hidden.shape[0], dtype=compute_dtype(hidden)), torch.empty_like(hidden)
-    vocabulary, weight = weight.shape[0], _aligned(weight)
-    ((_, logits, within, beyond),) = _row_chunks(hidden, weight, vocabulary, once=True)
-    differentiate(within, labels, out=losses)
-    beyond.zero_()
-    return losses, torch.mm(logits, weight, out=dhidden), logits
+    losses = hidden.new_empty(hidden.shape[0], dtype=compute_dtype(hidden))
+
+    def differentiate_(logits: Tensor, rows: slice) -> None:
+        differentiate(logits, labels[rows], out=losses[rows])
+
+    return losses, *_gradients_by_rows(differentiate_, hidden, weight, keep)
 
 
 def weight_gradient(dlogits: Tensor, hidden: Tensor, vocabulary: int) -> Tensor:
@@ -130,32 +120,54 @@ def pieces(softmax: ModuleType, hidden: Tensor, weight: Tensor, labels: Tensor, 
 
 
 def pieces_gradients(
-    softmax: ModuleType, hidden: Tensor, weight: Tensor, labels: Tensor, by: Pieces, cap: float
+    softmax: ModuleType, hidden: Tensor, weight: Tensor, labels: Tensor, by: Pieces, cap: float, frozen: bool
 ) -> tuple[Tensor, Tensor]:
-    """(gradient of hidden, gradient of weight) from logits computed anew; one of them in fp32 if chunks are summed.
+    """(gradient of hidden, that of weight, empty if `frozen`) from logits computed anew; a sum over chunks in fp32.
 
     `by` is every row's highest and the gradients of total, target and spread. With the highest known, chunks may be of
     rows or of columns: whichever leaves the smaller sum to be read and written once a chunk.
     """
-    highest, by_total, by_target, by_spread = by
-    vocabulary, weight = weight.shape[0], _aligned(weight)
-    once = hidden.element_size() == 2 and at_once(*hidden.shape)
-    if once or hidden.shape[0] >= vocabulary:
-        dhidden, dweight = torch.empty_like(hidden), torch.empty_like(weight) if once else _sum_like(weight)
-        for rows, logits, within, beyond in _row_chunks(hidden, weight, vocabulary, once):
-            part = (highest[rows], by_total[rows], by_target[rows], by_spread[rows])
-            softmax.gradient_(within, labels[rows], part, cap)
-            beyond.zero_()
-            torch.mm(logits, weight, out=dhidden[rows])
-            _accumulate(dweight, logits.t(), hidden[rows], first=rows.start == 0)
-    else:
-        dhidden, dweight = _sum_like(hidden), torch.empty_like(weight)
-        for columns, logits, within, beyond in _column_chunks(hidden, weight, vocabulary):
-            softmax.gradient_(within, labels, by, cap, columns.start)
-            beyond.zero_()
-            torch.mm(logits.t(), hidden, out=dweight[columns])
-            _accumulate(dhidden, logits, weight[columns], first=columns.start == 0)
+    count, vocabulary = hidden.shape[0], weight.shape[0]
+
+    def differentiate_(logits: Tensor, rows: slice) -> None:
+        highest, by_total, by_target, by_spread = (each[rows] for each in by)
+        softmax.gradient_(logits, labels[rows], (highest, by_total, by_target, by_spread), cap)
+
+    if frozen:
+        return _gradients_by_rows(differentiate_, hidden, weight, "nothing")
+    if hidden.element_size() == 2 and at_once(*hidden.shape):
+        dhidden, dlogits = _gradients_by_rows(differentiate_, hidden, weight, "logits")
+        return dhidden, weight_gradient(dlogits, hidden, vocabulary)
+    if count >= vocabulary:
+        return _gradients_by_rows(differentiate_, hidden, weight, "gradient")
+    weight = _aligned(weight)
+    dhidden, dweight = _sum_like(hidden), torch.empty_like(weight)
+    for columns, logits, within, beyond in _column_chunks(hidden, weight, vocabulary):
+        softmax.gradient_(within, labels, by, cap, columns.start)
+        beyond.zero_()
+        torch.mm(logits.t(), hidden, out=dweight[columns])
+        _accumulate(dhidden, logits, weight[columns], first=columns.start == 0)
     return dhidden, dweight[:vocabulary]
+
+
+def _gradients_by_rows(
+    differentiate_: Callable[[Tensor, slice], None], hidden: Tensor, weight: Tensor, keep: Keep
+) -> tuple[Tensor, Tensor]:
+    """(gradient of hidden, what is kept), with a function that makes of some rows' logits their gradient in place.
+
+    Logits that are kept have the columns of a weight that is rounded up.
+    """
+    vocabulary, weight = weight.shape[0], _aligned(weight)
+    dhidden, kept = torch.empty_like(hidden), _sum_like(weight) if keep == "gradient" else hidden.new_empty(0)
+    for rows, logits, within, beyond in _row_chunks(hidden, weight, vocabulary, once=keep == "logits"):
+        differentiate_(within, rows)
+        beyond.zero_()
+        torch.mm(logits, weight, out=dhidden[rows])
+        if keep == "gradient":
+            _accumulate(kept, logits.t(), hidden[rows], first=rows.start == 0)
+        elif keep == "logits":
+            kept = logits
+    return dhidden, kept[:vocabulary] if keep == "gradient" else kept
 
 
 def aligned(vocabulary: int, element: int) -> int:

@@ -2,14 +2,15 @@
 
 A summed loss computes its gradients in the forward pass, chunk by chunk, and the backward pass scales them: three
 matrix products. Of few rows in bf16, that of the weight is left to the backward pass. The pieces of a vocabulary
-slice, and a loss per row, keep only four numbers a row and compute the logits anew in the backward pass: four. Each
-pass is one step (opaque.py) to torch.compile.
+slice, and a loss per row, keep only four numbers a row and compute the logits anew in the backward pass: four. A frozen
+weight saves a product, and its gradient's memory. Each pass is one step (opaque.py) to torch.compile.
 """
 
 from __future__ import annotations
 
 from functools import partial
 from types import ModuleType
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -74,9 +75,7 @@ def linear_cross_entropy(
             label_smoothing=label_smoothing,
         )
         return losses if reduction == "none" else losses.sum()
-    # Hidden states times a small scale leave the range of fp16. Compiled code may be for any number of rows.
-    once = hidden.dtype == torch.bfloat16 and not torch.compiler.is_compiling() and chunks.at_once(*hidden.shape)
-    options = (ignore_index, z_loss, label_smoothing, soft_cap, once)
+    options = (ignore_index, z_loss, label_smoothing, soft_cap, _keep(hidden, weight))
     losses, _, _ = _forward(hidden, weight, labels, *options, implementation)
     return losses
 
@@ -147,6 +146,14 @@ def _check_range(labels: Tensor, vocabulary: int, ignore_index: int) -> None:
         raise ValueError(f"labels holds {int(wrong[0])}, expected [0, {vocabulary}) or ignore_index={ignore_index}")
 
 
+def _keep(hidden: Tensor, weight: Tensor) -> chunks.Keep:
+    if not weight.requires_grad:
+        return "nothing"
+    # Hidden states times a small scale leave the range of fp16. Compiled code may be for any number of rows.
+    once = hidden.dtype == torch.bfloat16 and not torch.compiler.is_compiling() and chunks.at_once(*hidden.shape)
+    return "logits" if once else "gradient"
+
+
 def _module(implementation: str, hidden: Tensor) -> ModuleType:
     """reference.py or kernel.py, which hold the same functions."""
     if resolve(implementation, "cross_entropy", hidden.device, hidden.dtype) == "reference":
@@ -165,14 +172,14 @@ def _forward(
     z_loss: float,
     smoothing: float,
     cap: float,
-    once: bool,
+    keep: str,
     implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(sum of the losses, gradient of hidden, that of weight in fp32 or with `once` that of the logits)."""
+    """(sum of the losses, gradient of hidden, what chunks.Keep says for that of the weight)."""
     options = {"ignored": ignored, "z_loss": z_loss, "smoothing": smoothing, "cap": cap}
     differentiate = partial(_module(implementation, hidden).loss_and_gradient_, **options)
-    compute = chunks.loss_at_once if once else chunks.loss_and_gradients
-    losses, dhidden, kept = compute(differentiate, hidden.contiguous(), weight.contiguous(), labels.contiguous())
+    inputs = hidden.contiguous(), weight.contiguous(), labels.contiguous()
+    losses, dhidden, kept = chunks.loss_and_gradients(differentiate, *inputs, cast("chunks.Keep", keep))
     return losses.sum(), dhidden, kept
 
 
@@ -206,8 +213,10 @@ def _pieces_backward(
     by_target: Tensor,
     by_spread: Tensor,
     cap: float,
+    frozen: bool,
     implementation: str,
 ) -> tuple[Tensor, Tensor]:
+    """(gradient of hidden, that of weight or, with `frozen`, nothing)."""
     dhidden, dweight = chunks.pieces_gradients(
         _module(implementation, hidden),
         hidden.contiguous(),
@@ -215,17 +224,20 @@ def _pieces_backward(
         labels.contiguous(),
         (highest, by_total, by_target, by_spread),
         cap,
+        frozen,
     )
     return dhidden.to(hidden.dtype), dweight.to(weight.dtype)
 
 
 @_forward.register_fake
-def _(hidden, weight, labels, ignored, z_loss, smoothing, cap, once, implementation):
+def _(hidden, weight, labels, ignored, z_loss, smoothing, cap, keep, implementation):
     wide = reference.compute_dtype(hidden)
-    if once:
+    if keep == "gradient":
+        kept = weight.new_empty(weight.shape, dtype=wide)
+    elif keep == "logits":
         kept = hidden.new_empty(hidden.shape[0], chunks.aligned(weight.shape[0], weight.element_size()))
     else:
-        kept = weight.new_empty(weight.shape, dtype=wide)
+        kept = hidden.new_empty(0)
     return hidden.new_empty((), dtype=wide), _like(hidden), kept
 
 
@@ -245,8 +257,8 @@ def _(hidden, weight, labels, cap, implementation):
 
 
 @_pieces_backward.register_fake
-def _(hidden, weight, labels, highest, by_total, by_target, by_spread, cap, implementation):
-    return _like(hidden), _like(weight)
+def _(hidden, weight, labels, highest, by_total, by_target, by_spread, cap, frozen, implementation):
+    return _like(hidden), weight.new_empty(0) if frozen else _like(weight)
 
 
 def _like(tensor: Tensor) -> Tensor:
@@ -254,7 +266,7 @@ def _like(tensor: Tensor) -> Tensor:
 
 
 def _save(ctx, inputs, output):
-    hidden, weight, *_, ctx.once, ctx.implementation = inputs
+    hidden, weight, *_, ctx.keep, ctx.implementation = inputs
     needed = (t if needs else None for t, needs in zip(output[1:], ctx.needs_input_grad, strict=False))
     ctx.save_for_backward(hidden, weight, *needed)
 
@@ -262,7 +274,7 @@ def _save(ctx, inputs, output):
 def _gradients(ctx, dloss: Tensor, *_):
     hidden, weight, dhidden, kept = ctx.saved_tensors
     dweight = None
-    if kept is not None and ctx.once:
+    if kept is not None and ctx.keep == "logits":
         dweight = _weight_gradient(kept, _scaled(hidden, dloss, hidden, ctx.implementation), weight.shape[0])
     elif kept is not None:
         dweight = _scaled(kept, dloss, weight, ctx.implementation)
@@ -279,7 +291,9 @@ def _save_pieces(ctx, inputs, output):
 def _pieces_gradients(ctx, _, *gradients: Tensor | None):
     *_, highest = saved = ctx.saved_tensors
     by = (torch.zeros_like(highest) if g is None else g for g in gradients)
-    return *_pieces_backward(*saved, *by, ctx.cap, ctx.implementation), None, None, None
+    frozen = not ctx.needs_input_grad[1]
+    dhidden, dweight = _pieces_backward(*saved, *by, ctx.cap, frozen, ctx.implementation)
+    return dhidden, None if frozen else dweight, None, None, None
 
 
 _forward.register_autograd(_gradients, setup_context=_save)

@@ -123,7 +123,7 @@ def _loss_temporary(load: Load) -> int:
     copy = (columns != vocabulary) * table * element
     if logits_at_once(load):
         gradients = (table + hidden) * element
-        return gradients + (tokens * columns * element + copy if load.dims.tensor > 1 else 0)
+        return gradients + (tokens * columns * element if load.dims.tensor > 1 else 0)
     logits = min(tokens, chunk_rows(tokens, width, PROCESSORS)) * columns * element + copy
     if load.dims.tensor == 1:
         return max(logits, (vocabulary * width + hidden) * element)

@@ -361,13 +361,13 @@ def test_the_loss_takes_what_the_plan_says(monkeypatch, tokens, width, vocabular
         inputs = hidden, table, torch.empty(tokens, dtype=torch.int64)
         with Live(inputs) as live:
             if tensor == 1:
-                once = precision == "bf16" and loss.chunks.at_once(tokens, width)
-                made = loss._forward._function(*inputs, -100, 0.0, 0.0, 0.0, once, "")
-                context = SimpleNamespace(once=once, implementation="", saved_tensors=(hidden, table, *made[1:]))
+                keep = "logits" if precision == "bf16" and loss.chunks.at_once(tokens, width) else "gradient"
+                made = loss._forward._function(*inputs, -100, 0.0, 0.0, 0.0, keep, "")
+                context = SimpleNamespace(keep=keep, implementation="", saved_tensors=(hidden, table, *made[1:]))
                 gradients = loss._gradients(context, made[0])[:2]
             else:
                 pieces = loss._pieces._function(*inputs, 0.0, "")
-                gradients = loss._pieces_backward._function(*inputs, *pieces, 0.0, "")
+                gradients = loss._pieces_backward._function(*inputs, *pieces, 0.0, False, "")
     norm = 2 * hidden.nbytes + 4 * tokens
     planned = temporaries(load)["the loss"] + (head_bytes(load) - norm if tensor == 1 else 0)
     assert len(gradients) == 2 and planned == pytest.approx(live.most, rel=3e-3)
