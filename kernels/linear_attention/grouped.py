@@ -188,6 +188,8 @@ def walk_groups(
     p_y,
     p_u,
     p_out,
+    p_twin,
+    p_twin_out,
     p_result,
     p_inverse,
     p_drop,
@@ -256,6 +258,12 @@ def walk_groups(
                     p_x, p_out, p_result, p_inverse, p_drop, b_s, b_z, begin + i_chunk * C, stop, i_row, i_head, o_x,
                     o_u, scale, eps, tokens, heads, x_dim, u_dim, C, NORMALIZE, TRANSPOSED, OPERAND, PRECISION, REVERSE
                 )  # fmt: skip
+                if p_twin is not None:
+                    _read(
+                        p_twin, p_twin_out, p_result, p_inverse, p_drop, tl.trans(b_s), b_z, begin + i_chunk * C, stop,
+                        i_row, i_head, o_u, o_x, scale, eps, tokens, heads, u_dim, x_dim, C, NORMALIZE, True, OPERAND,
+                        PRECISION, REVERSE
+                    )  # fmt: skip
         if p_y is not None:
             for i_shared in range(0, SHARING):
                 i_y = i_head // SHARED * SHARING + i_shared

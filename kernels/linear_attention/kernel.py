@@ -6,7 +6,8 @@ those of its own chunk as a small quadratic form and all others by the state S =
     y:  x, y, u = q, k, v, left to right          dv: k, q, dy, right to left
     dq: dy, v, k, left to right                   dk: v, dy, q, right to left
 
-where the walks for dq and dk read the state transposed. So each reads three tensors and writes one. Where rows, heads
+where the walks for dq and dk read the state transposed. So each reads three tensors and writes one. Those for dv and dk
+have one state, so where a program holds all of it they are one walk, which reads four and writes two. Where rows, heads
 and blocks of columns alone do not fill the GPU the row is cut in pieces: the same kernel first leaves each piece's sum
 alone, and `_fold` makes of these the states that enter the pieces.
 
@@ -53,6 +54,9 @@ from .walks import (
 # Tokens a chunk for 16-bit operands and for wider ones, whose tiles take twice the room, half as many above width 64.
 CHUNK, WIDE_CHUNK = 64, 32
 
+# How far ahead `_fold` fetches sums, which do not wait for the state.
+FOLD_STAGES = 4
+
 
 class Tile(NamedTuple):
     """How a walk is laid out: columns of the state a program, warps, stages of its loads."""
@@ -64,12 +68,14 @@ class Tile(NamedTuple):
 
 # By the padded width of x and y. All rows of the state are in registers.
 TILES = {
-    16: Tile(64, 4, 3),
-    32: Tile(64, 4, 3),
-    64: Tile(64, 4, 3),
+    16: Tile(64, 4, 4),
+    32: Tile(64, 4, 4),
+    64: Tile(64, 4, 4),
     128: Tile(64, 4, 2),
     256: Tile(32, 4, 2),
 }
+# The widest keys of one walk for dv and dk. At 128 its registers spill, and it takes a fifth longer than two.
+TWIN_WIDTH = 64
 WIDE_TILES = dict.fromkeys((16, 32, 64), Tile(32, 4, 1)) | {128: Tile(32, 8, 1), 256: Tile(16, 8, 1)}
 
 
@@ -91,11 +97,20 @@ class Plan:
     precision: str
     device: torch.device
 
-    def tile(self, x_dim: int, u_dim: int) -> Tile:
-        """The tile of a walk whose state has rows of x and columns of u."""
+    def tile(self, x_dim: int, u_dim: int, twin: bool = False) -> Tile:
+        """The tile of a walk whose state has rows of x and columns of u; of one for dv and dk with `twin`.
+
+        A fourth tensor to fetch, and a normaliser, each take the room of a stage.
+        """
         tile = (TILES if self.operand == tl.bfloat16 else WIDE_TILES)[_padded(x_dim)]
         block = max(16, min(tile.block, _padded(u_dim)))
-        return tile._replace(block=block)
+        stages = tile.stages - twin - (self.width > self.value_dim)
+        return tile._replace(block=block, stages=max(stages, min(tile.stages, 2)))
+
+    @property
+    def twin(self) -> bool:
+        """Whether programs hold all columns of a state, as one walk for dv and dk takes."""
+        return self.key_dim <= TWIN_WIDTH and self.value_dim <= self.tile(self.key_dim, self.value_dim).block
 
     @property
     def chunks(self) -> int:
@@ -139,10 +154,14 @@ def plan(q: Tensor | None, k: Tensor, v: Tensor, groups: Tensor | None, normaliz
     )  # fmt: skip
 
 
-def room(q: Tensor, v: Tensor, state: tuple[int, ...]) -> Tensor:
-    """An empty tensor as the states that enter the pieces, [B, Hkv, pieces, K, W], for one of [B, Hkv, slots, K, W]."""
+def room(q: Tensor, v: Tensor, initial: Tensor | None, state: tuple[int, ...]) -> Tensor:
+    """An empty tensor as the states that enter the pieces, [B, Hkv, pieces, K, W], for one of [B, Hkv, slots, K, W].
+
+    Of no numbers where a row is one piece that nothing enters.
+    """
     pieces, _ = cuts.cut_rows(q.shape[1], q.shape[0] * q.shape[2], v.shape[3], state[2] == 2)
-    return q.new_empty(*state[:2], pieces, *state[3:], dtype=torch.float32)
+    shape = (0,) if initial is None and pieces == 1 else (*state[:2], pieces, *state[3:])
+    return q.new_empty(shape, dtype=torch.float32)
 
 
 @triton.jit
@@ -151,6 +170,8 @@ def _walk(
     p_y,
     p_u,
     p_out,
+    p_twin,
+    p_twin_out,
     p_result,
     p_inverse,
     p_drop,
@@ -188,6 +209,7 @@ def _walk(
     The query's factor, scale * inverse, multiplies out from left to right and y from right to left.
 
     Args:
+        p_twin: [B, T, H, V] v, for dk in p_twin_out beside dv: what a TRANSPOSED walk would make of it.
         p_result: [B, T, H, V] y, for dq of a normalised y, where p_drop is written; from right to left it is read, or
             made from p_result where that is given, by walks that are TRANSPOSED.
         p_inverse: [B, H, T] of the normaliser, written with y and read after it.
@@ -215,6 +237,7 @@ def _walk(
             b_documents = id_of(p_documents, i_row, o_t, tokens)
             b_sees = b_documents == (last if REVERSE else before)
             b_goes = b_documents == (before if REVERSE else last)
+        b_a = tl.zeros([C], tl.float32)
         if p_decay is not None:
             b_a = scalars_of(p_decay, i_state, o_t, tokens)
             total = tl.sum(b_a, 0)
@@ -237,6 +260,11 @@ def _walk(
                 b_o += b_e[:, None] * b_z[None, :]
             elif NORMALIZE:
                 b_sum = tl.sum(b_x.to(tl.float32) * b_z[None, :], 1)
+            if p_twin is not None:
+                b_twin = rows_of(p_twin, i_row, i_head, begin, tokens, o_u, tokens, heads, u_dim, C)
+                b_twin_o = tl.dot(b_twin.to(OPERAND), tl.trans(b_s).to(OPERAND), input_precision=PRECISION)
+                if NORMALIZE:
+                    b_twin_o += b_z[None, :]
             b_factor = tl.full([C], 1.0, tl.float32)
             if p_decay is not None:
                 b_factor = tl.exp(b_rest if REVERSE else b_a)
@@ -245,6 +273,8 @@ def _walk(
             if p_decay is not None or p_documents is not None:
                 b_o *= b_factor[:, None]
                 b_sum *= b_factor
+                if p_twin is not None:
+                    b_twin_o *= b_factor[:, None]
             # Which y each x sees, and from how far.
             if REVERSE:
                 live = o_t[:, None] <= o_t[None, :]
@@ -274,18 +304,16 @@ def _walk(
                     b_p = tl.dot(b_x.to(OPERAND), tl.trans(b_y).to(OPERAND), input_precision=PRECISION)
                     if NORMALIZE and TRANSPOSED:
                         b_p += b_e[:, None] * b_f[None, :]
-                    if REVERSE:
-                        b_p *= b_w[None, :]
-                    if p_decay is not None:
-                        if REVERSE:
-                            b_gap = b_a[None, :] - b_a[:, None]
-                        else:
-                            b_gap = b_a[:, None] - b_a[None, :]
-                        b_p *= tl.exp(tl.minimum(b_gap, 0.0))
-                    b_p = tl.where(live, b_p, 0.0)
+                    b_p = _seen(b_p, b_w, b_a, live, p_decay is not None, REVERSE)
                     if NORMALIZE and not TRANSPOSED:
                         b_sum += tl.sum(b_p, 1)
                     b_o = tl.dot(b_p.to(OPERAND), b_u.to(OPERAND), b_o, input_precision=PRECISION)
+                if p_out is not None and p_twin is not None:
+                    b_p = tl.dot(b_twin.to(OPERAND), tl.trans(b_u).to(OPERAND), input_precision=PRECISION)
+                    if NORMALIZE:
+                        b_p += b_f[None, :]
+                    b_p = _seen(b_p, b_w, b_a, live, p_decay is not None, REVERSE)
+                    b_twin_o = tl.dot(b_p.to(OPERAND), b_y.to(OPERAND), b_twin_o, input_precision=PRECISION)
                 if p_decay is not None:
                     b_w *= tl.exp(b_a if REVERSE else b_rest)
                 if p_documents is not None:
@@ -306,7 +334,20 @@ def _walk(
                     b_rate = scalars_of(p_inverse, tl.program_id(1), o_t, tokens)
                 b_o *= scale * b_rate[:, None]
             put_rows(p_out, b_o, i_row, i_head, begin, tokens, o_u, tokens, heads, u_dim, C)
+        if p_twin is not None:
+            put_rows(p_twin_out, b_twin_o, i_row, i_head, begin, tokens, o_x, tokens, heads, x_dim, C)
     store_state(p_leaving, i_state * pieces + i_piece, size, place, b_s, b_z, NORMALIZE)
+
+
+@triton.jit
+def _seen(b_p, b_w, b_a, live, DECAYS: tl.constexpr, REVERSE: tl.constexpr):
+    """Products [x, y] of a chunk, weighed, where x sees y."""
+    if REVERSE:
+        b_p *= b_w[None, :]
+    if DECAYS:
+        b_gap = b_a[:, None] - b_a[None, :]
+        b_p *= tl.exp(tl.minimum(-b_gap if REVERSE else b_gap, 0.0))
+    return tl.where(live, b_p, 0.0)
 
 
 @triton.jit
@@ -327,6 +368,7 @@ def _fold(
     pieces,
     BLOCK: tl.constexpr,
     REVERSE: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """The states that enter the pieces [B, Hkv, pieces, size], and leave the last, from what each adds alone.
 
@@ -341,7 +383,7 @@ def _fold(
         b_s = tl.load(p_initial + i_head * size + o, mask=mask, other=0.0)
     if p_opened is not None:
         b_opened = tl.load(p_opened + i_head * size + o, mask=mask, other=0.0)
-    for i in range(0, pieces):
+    for i in tl.range(0, pieces, num_stages=STAGES):
         i_piece = pieces - 1 - i if REVERSE else i
         at = (i_head * pieces + i_piece) * size + o
         tl.store(p_entering + at, b_s, mask=mask)
@@ -507,7 +549,7 @@ def forward(
         leaving = cut.empty_states(cut.pieces) if last is None else None
         _run(cut, q, k, v, y, rows, entering, leaving, normalize=normalize, **scalars)
         final = _left(cut, last if leaving is None else leaving[:, :, -1], k, v, rows, state)
-    return y, final, inverse, entering
+    return y, final, inverse, q.new_empty(0, dtype=torch.float32) if entering is None else entering
 
 
 def backward(
@@ -532,16 +574,16 @@ def backward(
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     drop = _per_token(cut) if normalize else None
     scalars: dict[str, Any] = {"inverse": inverse if normalize else None, "drop": drop, "scale": scale}
-    norm = {"transposed": True, "normalize": normalize}
     states, adjoints = (_chunk_states(cut) if decay is not None else None for _ in range(2))
     with on(q):
         rows = _rows(decay, documents, groups, group)
         after = _entered(dfinal, groups, reverse=True)
-        _run(cut, dy, v, k, dq, rows, entering, None, states, result=y, **norm, **scalars)
+        dividing = {"transposed": True, "normalize": normalize, "result": y}
+        entered = entering if entering.numel() else None
+        _run(cut, dy, v, k, dq, rows, entered, None, states, **dividing, **scalars)
         arriving, last = _entering(cut, q, dy, rows, after, reverse=True, **scalars)
         leaving = cut.empty_states(cut.pieces) if last is None else None
-        _run(cut, k, q, dy, dv, rows, arriving, None, reverse=True, **scalars)
-        _run(cut, v, dy, q, dk, rows, arriving, leaving, adjoints, reverse=True, **norm, **scalars)
+        _run_keys(cut, k, v, q, dy, dk, dv, rows, arriving, leaving, adjoints, normalize=normalize, **scalars)
         ddecay = _decays(cut, q, k, v, dy, scalars, rows, states, adjoints, normalize)
         total = last if leaving is None else leaving[:, :, 0]
         dinitial = _left(cut, total, q, dy, rows, after, reverse=True, **scalars)
@@ -609,9 +651,7 @@ def summarize_backward(
     with on(k):
         rows, after = _rows(decay, documents, groups, group), _entered(dstate, groups, reverse=True)
         arriving, _ = _entering(cut, None, None, rows, after, reverse=True)
-        _run(cut, k, None, None, dv, rows, arriving, None, reverse=True)
-        walk = {"transposed": True, "normalize": normalize, "reverse": True}
-        _run(cut, v, None, None, dk, rows, arriving, None, adjoints, **walk)
+        _run_keys(cut, k, v, None, None, dk, dv, rows, arriving, None, adjoints, normalize=normalize)
         if states is not None:
             entering, _ = _entering(cut, k, v, rows, State(None, None))
             _run(cut, None, k, v, None, rows, entering, None, states, normalize=normalize)
@@ -659,12 +699,11 @@ def _left(
 
 def _entering(
     cut: Plan, y: Tensor | None, u: Tensor | None, rows: Rows, state: State, reverse: bool = False, **walk: Any
-) -> tuple[Tensor, Tensor | None]:
-    """(states that enter the pieces, the state that leaves the last; None where the next walk leaves it anyhow)."""
+) -> tuple[Tensor | None, Tensor | None]:
+    """(states that enter the pieces, None for zeros; the state that leaves the last, None where the next walk does)."""
     if cut.pieces == 1:
-        entering = cut.empty_states(1)
         first = state.completed
-        return (entering.zero_() if first is None else entering.copy_(first[:, :, None])), None
+        return None if first is None else cut.empty_states(1).copy_(first[:, :, None]), None
     # Of a row in one span only the sum of the first group is needed.
     alone = rows.groups is not None and cut.pieces == 2
     entering, last = _folded(cut, _sums(cut, y, u, rows, reverse=reverse, alone=alone, **walk), rows, state, reverse)
@@ -688,7 +727,7 @@ def _folded(cut: Plan, sums: Tensor, rows: Rows, state: State, reverse: bool) ->
     ids, marks, _ = rows.groups or (None, None, 0)
     _fold[(cdiv(size, block), cut.batch * cut.key_heads)](
         sums, *state, decays, rows.documents, ids, marks, entering, last, cut.tokens, cut.key_heads, size, cut.span,
-        cut.pieces, BLOCK=block, REVERSE=reverse, num_warps=2,
+        cut.pieces, BLOCK=block, REVERSE=reverse, STAGES=FOLD_STAGES, num_warps=2,
     )  # fmt: skip
     return entering, last
 
@@ -702,6 +741,33 @@ def _sums(cut: Plan, y: Tensor | None, u: Tensor | None, rows: Rows, **walk: Any
     return sums
 
 
+def _run_keys(
+    cut: Plan,
+    k: Tensor,
+    v: Tensor,
+    q: Tensor | None,
+    dy: Tensor | None,
+    dk: Tensor,
+    dv: Tensor,
+    rows: Rows,
+    arriving: Tensor | None,
+    leaving: Tensor | None,
+    adjoints: Tensor | None,
+    normalize: bool,
+    **scalars: Any,
+) -> None:
+    """Fills dk and dv: by one walk, which reads its tensors once for both, if a program holds all of the state."""
+    if cut.twin:
+        _run(
+            cut, k, q, dy, dv, rows, arriving, leaving, adjoints, twin=(v, dk), reverse=True, normalize=normalize,
+            **scalars,
+        )  # fmt: skip
+        return
+    _run(cut, k, q, dy, dv, rows, arriving, None, reverse=True, **scalars)
+    transposed = {"transposed": True, "normalize": normalize}
+    _run(cut, v, dy, q, dk, rows, arriving, leaving, adjoints, reverse=True, **transposed, **scalars)
+
+
 def _run(
     cut: Plan,
     x: Tensor | None,
@@ -713,6 +779,7 @@ def _run(
     leaving: Tensor | None,
     states: Tensor | None = None,
     *,
+    twin: tuple[Tensor, Tensor] | None = None,
     opened: Tensor | None = None,
     result: Tensor | None = None,
     inverse: Tensor | None = None,
@@ -727,7 +794,7 @@ def _run(
 ) -> None:
     """A pass; of the rows' groups only the first one walked, `alone`, or only the last."""
     x_dim, u_dim = (cut.value_dim, cut.key_dim) if transposed else (cut.key_dim, cut.value_dim)
-    tile = cut.tile(x_dim, u_dim)
+    tile = cut.tile(x_dim, u_dim, twin is not None)
     shared = cut.heads // cut.key_heads
     heads = cut.key_heads if reverse or out is None else cut.heads
     pieces = 1 if last else cut.pieces
@@ -739,13 +806,16 @@ def _run(
         "num_stages": tile.stages,
     }  # fmt: skip
     if rows.groups is None:
-        tensors = (x, y, u, out, result, inverse, drop, rows.decay, rows.documents, entering, leaving, states)
-        _walk[grid](*tensors, scale, eps, **sizes)
+        tensors = (result, inverse, drop, rows.decay, rows.documents, entering, leaving, states)
+        _walk[grid](x, y, u, out, *(twin or (None, None)), *tensors, scale, eps, **sizes)
     else:
         ids, marks, most = rows.groups
-        tensors = (x, y, u, out, result, inverse, drop, ids, marks, entering, opened, leaving)
+        tensors = (result, inverse, drop, ids, marks, entering, opened, leaving)
         sizes |= {"DOCUMENTS": rows.documents is not None, "WHOLE": most <= cut.chunk, "LAST": last}
-        walk_groups[grid](*tensors, scale, eps, skip=pieces - 1 if alone and reverse else 0, **sizes)
+        walk_groups[grid](
+            x, y, u, out, *(twin or (None, None)), *tensors, scale, eps, skip=pieces - 1 if alone and reverse else 0,
+            **sizes,
+        )  # fmt: skip
 
 
 def _decays(cut: Plan, q, k: Tensor, v: Tensor, dy, scalars, rows: Rows, states, adjoints, normalize: bool) -> Tensor:

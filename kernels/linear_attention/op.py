@@ -316,7 +316,7 @@ def _(group, q, k, v, decay, initial, documents, groups, scale, normalize, eps):
     shape = _slotted_shape(k, v, groups, normalize)
     final = k.new_empty(shape, dtype=torch.float32)
     inverse = q.new_empty((batch, heads, tokens) if normalize else (0,), dtype=torch.float32)
-    return q.new_empty(*q.shape[:3], v.shape[3]), final, inverse, kernel.room(q, v, shape)
+    return q.new_empty(*q.shape[:3], v.shape[3]), final, inverse, kernel.room(q, v, initial, shape)
 
 
 @_backward.register_fake

@@ -55,8 +55,8 @@ STATE_PART, STATE_WARPS, STATE_STAGES = 64, 4, 3
 STATE_REGISTERS: int | None = None
 # Programs of `_states` that fill a GPU of 132 SMs three times, two an SM.
 PROGRAMS = 768
-# Features that a program of `_fold` holds: few, so that there are many programs.
-FOLD_BLOCK, FOLD_WARPS = 16, 2
+# Features that a program of `_fold` holds: few, so that there are many programs. Sums are fetched ahead.
+FOLD_BLOCK, FOLD_WARPS, FOLD_STAGES = 16, 2, 4
 # Elements of a state that a program of `_step` holds at a time. Below STEP_ROWS rows and heads it takes STEP_VALUES of
 # v's dims, else all.
 STEP_TILE, STEP_ROWS, STEP_VALUES = 16384, 132, 16
@@ -392,6 +392,7 @@ def _fold(
     BLOCK_F: tl.constexpr,
     F_PADDED: tl.constexpr,
     REVERSE: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """The states that enter pieces of `span` tokens, times the coefficients, and the one that leaves the row.
 
@@ -417,7 +418,7 @@ def _fold(
         b_z += tl.load(p_outer + o_row + VALUE_DIM, mask=in_f, other=0.0)
     b_in = b_weight if REVERSE else tl.full([BLOCK_F], 1.0, tl.float32)
     b_out = tl.full([BLOCK_F], 1.0, tl.float32) if REVERSE else b_weight
-    for i in range(0, pieces):
+    for i in tl.range(0, pieces, num_stages=STAGES):
         i_piece = i_head * pieces + (pieces - 1 - i if REVERSE else i)
         if p_entering is not None:
             p_at = p_entering + (i_piece * F_PADDED + o_f[:, None]) * VALUE_DIM + o_v[None, :]
@@ -902,7 +903,7 @@ def _folded(cut: Plan, outer, summary, ids, entering, sums, scale: float, revers
     _fold[(cut.padded // FOLD_BLOCK, cut.rows)](
         outer, summary, ids, cut.tables(scale)[1], entering, sums, last,
         cut.tokens, cut.heads, cut.per_piece * cut.chunk, cut.pieces, **shape, BLOCK_F=FOLD_BLOCK, REVERSE=reverse,
-        num_warps=FOLD_WARPS,
+        STAGES=FOLD_STAGES, num_warps=FOLD_WARPS,
     )  # fmt: skip
     return last
 

@@ -372,7 +372,7 @@ build(taylor._states, p_y=None, **states)
 build(taylor._states, p_drop=None, p_states=None, p_sums=None, **states)
 for kernel in (taylor._outputs, taylor._query_gradients, taylor._key_gradients):
     build(kernel, 8, taylor.STAGES, taylor.REGISTERS)
-build(taylor._fold, taylor.FOLD_WARPS, 3, BLOCK_F=taylor.FOLD_BLOCK)
+build(taylor._fold, taylor.FOLD_WARPS, 3, BLOCK_F=taylor.FOLD_BLOCK, STAGES=taylor.FOLD_STAGES)
 build(taylor._step, 8, 3, BLOCK_F=256)
 """
 
