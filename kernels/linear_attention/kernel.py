@@ -54,7 +54,7 @@ from .walks import (
 # Tokens a chunk for 16-bit operands and for wider ones, whose tiles take twice the room, half as many above width 64.
 CHUNK, WIDE_CHUNK = 64, 32
 
-# How far ahead `_fold` fetches sums, which do not wait for the state.
+# Of more pieces than this, `_fold` fetches sums ahead, which do not wait for the state.
 FOLD_STAGES = 4
 
 
@@ -74,9 +74,9 @@ TILES = {
     128: Tile(64, 4, 2),
     256: Tile(32, 4, 2),
 }
+WIDE_TILES = dict.fromkeys((16, 32, 64), Tile(32, 4, 1)) | {128: Tile(32, 8, 1), 256: Tile(16, 8, 1)}
 # The widest keys of one walk for dv and dk. At 128 its registers spill, and it takes a fifth longer than two.
 TWIN_WIDTH = 64
-WIDE_TILES = dict.fromkeys((16, 32, 64), Tile(32, 4, 1)) | {128: Tile(32, 8, 1), 256: Tile(16, 8, 1)}
 
 
 @dataclass(frozen=True)
@@ -727,7 +727,8 @@ def _folded(cut: Plan, sums: Tensor, rows: Rows, state: State, reverse: bool) ->
     ids, marks, _ = rows.groups or (None, None, 0)
     _fold[(cdiv(size, block), cut.batch * cut.key_heads)](
         sums, *state, decays, rows.documents, ids, marks, entering, last, cut.tokens, cut.key_heads, size, cut.span,
-        cut.pieces, BLOCK=block, REVERSE=reverse, STAGES=FOLD_STAGES, num_warps=2,
+        cut.pieces, BLOCK=block, REVERSE=reverse, STAGES=FOLD_STAGES if cut.pieces > FOLD_STAGES else 1,
+        num_warps=2,
     )  # fmt: skip
     return entering, last
 

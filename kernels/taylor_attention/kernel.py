@@ -55,8 +55,10 @@ STATE_PART, STATE_WARPS, STATE_STAGES = 64, 4, 3
 STATE_REGISTERS: int | None = None
 # Programs of `_states` that fill a GPU of 132 SMs three times, two an SM.
 PROGRAMS = 768
-# Features that a program of `_fold` holds: few, so that there are many programs. Sums are fetched ahead.
-FOLD_BLOCK, FOLD_WARPS, FOLD_STAGES = 16, 2, 4
+# Features that a program of `_fold` holds: few, so that there are many programs.
+FOLD_BLOCK, FOLD_WARPS = 16, 2
+# Of more pieces than this, `_fold` fetches sums ahead, which do not wait for the state; with two that took 6 us longer.
+FOLD_STAGES = 4
 # Elements of a state that a program of `_step` holds at a time. Below STEP_ROWS rows and heads it takes STEP_VALUES of
 # v's dims, else all.
 STEP_TILE, STEP_ROWS, STEP_VALUES = 16384, 132, 16
@@ -903,7 +905,7 @@ def _folded(cut: Plan, outer, summary, ids, entering, sums, scale: float, revers
     _fold[(cut.padded // FOLD_BLOCK, cut.rows)](
         outer, summary, ids, cut.tables(scale)[1], entering, sums, last,
         cut.tokens, cut.heads, cut.per_piece * cut.chunk, cut.pieces, **shape, BLOCK_F=FOLD_BLOCK, REVERSE=reverse,
-        STAGES=FOLD_STAGES, num_warps=FOLD_WARPS,
+        STAGES=FOLD_STAGES if cut.pieces > FOLD_STAGES else 1, num_warps=FOLD_WARPS,
     )  # fmt: skip
     return last
 
