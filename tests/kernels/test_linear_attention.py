@@ -1,5 +1,7 @@
 """linear_attention, reference and kernel, held to the sum over all pairs in float64."""
 
+import dataclasses
+
 import pytest
 import torch
 from sass import printed
@@ -201,15 +203,40 @@ CUTS = [
 ]
 
 
+@pytest.mark.parametrize("twin", [True, False], ids=["dv and dk together", "apart"])
 @pytest.mark.parametrize(("mode", "decays", "documents", "pieces"), CUTS, ids=str)
-def test_kernel_over_many_chunks_and_pieces(mode, decays, documents, pieces, device, monkeypatch):
+def test_kernel_over_many_chunks_and_pieces(mode, decays, documents, pieces, twin, device, monkeypatch):
+    from longscan.kernels.linear_attention import kernel as module
+
     # Two rows of four query heads.
     cut_short(monkeypatch, 4 * pieces)
+    monkeypatch.setattr(module, "TWIN_WIDTH", 16 if twin else 15)
     options = (MODES | LONG)[mode]
     inputs = make(2, 50, 2, 16, 16, torch.float32, device, shared=2, decays=decays, **options)
     segments = Segments.from_lengths([[9, 4, 37], [20, 30]], [3, 0], device) if documents else None
     kernel, reference = (run(inputs, segments, i, **options) for i in ("triton", "reference"))
     assert_within_bar(kernel, reference, run_exact(inputs, segments, **options), torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("key_dim", "value_dim", "twin"), [(64, 64, True), (16, 40, True), (65, 64, False), (64, 65, False)]
+)
+def test_gradients_of_keys_share_a_walk_that_holds_the_state(key_dim, value_dim, twin, monkeypatch):
+    import triton.language as tl
+
+    from longscan.kernels.linear_attention import kernel
+
+    k, v = torch.empty(1, 50, 1, key_dim), torch.empty(1, 50, 1, value_dim)
+    cut = dataclasses.replace(kernel.plan(k, k, v, None, True), operand=tl.bfloat16)
+    runs = []
+    monkeypatch.setattr(kernel, "_run", lambda *a, **options: runs.append(options))
+    rows = kernel.Rows(None, None, None)
+    kernel._run_keys(cut, k, v, k, v, k, v, rows, None, None, None, normalize=True)
+    assert len(runs) == (1 if twin else 2)
+    # What is fetched ahead shares a multiprocessor's memory: of three tensors or four, and a normaliser's.
+    plain = dataclasses.replace(cut, width=value_dim)
+    stages = [p.tile(key_dim, value_dim, twin).stages for p in (plain, cut) for twin in (False, True)]
+    assert stages == ([4, 3, 3, 2] if key_dim <= 64 else [2] * 4)
 
 
 @pytest.mark.gpu
@@ -231,6 +258,17 @@ def test_kernel_within_bar_at_length(options, dtype, shape, device, random_segme
         inputs = make(*shape, dtype=dtype, device=device, shared=shared, decays=decays, **options)
         kernel, reference = (run(inputs, s, i, **options) for i in ("triton", "reference"))
         assert_within_bar(kernel, reference, run_exact(inputs, s, **options), dtype)
+
+
+@pytest.mark.parametrize("pieces", [1, 4])
+@modes
+def test_no_state_is_one_of_zeros(options, pieces, device, monkeypatch):
+    cut_short(monkeypatch, pieces)
+    inputs = make(1, 50, 1, 16, 16, torch.float32, device, **options)
+    zeros = torch.zeros_like(inputs.pop("initial_state"))
+    alone = run(inputs, None, "triton", **options)
+    given = run(inputs | {"initial_state": zeros.requires_grad_()}, None, "triton", **options)
+    assert all(torch.equal(one, other) for one, other in zip(alone, given[:-1], strict=True))
 
 
 @both_implementations
