@@ -158,16 +158,17 @@ def _gradients_by_rows(
     Logits that are kept have the columns of a weight that is rounded up.
     """
     vocabulary, weight = weight.shape[0], _aligned(weight)
-    dhidden, kept = torch.empty_like(hidden), _sum_like(weight) if keep == "gradient" else hidden.new_empty(0)
+    dhidden, kept = torch.empty_like(hidden), hidden.new_empty(0)
+    dweight = _sum_like(weight) if keep == "gradient" else None
     for rows, logits, within, beyond in _row_chunks(hidden, weight, vocabulary, once=keep == "logits"):
         differentiate_(within, rows)
         beyond.zero_()
         torch.mm(logits, weight, out=dhidden[rows])
-        if keep == "gradient":
-            _accumulate(kept, logits.t(), hidden[rows], first=rows.start == 0)
+        if dweight is not None:
+            _accumulate(dweight, logits.t(), hidden[rows], first=rows.start == 0)
         elif keep == "logits":
             kept = logits
-    return dhidden, kept[:vocabulary] if keep == "gradient" else kept
+    return dhidden, kept if dweight is None else dweight[:vocabulary]
 
 
 def aligned(vocabulary: int, element: int) -> int:

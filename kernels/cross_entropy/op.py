@@ -41,8 +41,8 @@ def linear_cross_entropy(
 
     Logits are rounded to the dtype of hidden, as a linear layer's are. One chunk of them exists at a time: an eighth of
     all, and as much as a gradient of the weight takes. In bf16 all exist until the backward pass where that is no more
-    than an eighth of them and a gradient of the weight in fp32. A row whose label is `ignore_index` has loss 0 and
-    passes no gradient.
+    than an eighth of them and a gradient of the weight in fp32, unless the weight is frozen. A row whose label is
+    `ignore_index` has loss 0 and passes no gradient.
 
     Args:
         hidden: [N, D].

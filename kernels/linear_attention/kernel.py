@@ -75,7 +75,7 @@ TILES = {
     256: Tile(32, 4, 2),
 }
 WIDE_TILES = dict.fromkeys((16, 32, 64), Tile(32, 4, 1)) | {128: Tile(32, 8, 1), 256: Tile(16, 8, 1)}
-# The widest keys of one walk for dv and dk. At 128 its registers spill, and it takes a fifth longer than two.
+# The widest keys of one walk for dv and dk. At 128 it spills 450 bytes a thread, and takes a fifth longer than two.
 TWIN_WIDTH = 64
 
 
@@ -100,7 +100,7 @@ class Plan:
     def tile(self, x_dim: int, u_dim: int, twin: bool = False) -> Tile:
         """The tile of a walk whose state has rows of x and columns of u; of one for dv and dk with `twin`.
 
-        A fourth tensor to fetch, and a normaliser, each take the room of a stage.
+        A fourth tensor to fetch, and a row's normaliser, each take the room of a stage; two stages are the least.
         """
         tile = (TILES if self.operand == tl.bfloat16 else WIDE_TILES)[_padded(x_dim)]
         block = max(16, min(tile.block, _padded(u_dim)))
@@ -204,14 +204,14 @@ def _walk(
 
     A state lies in memory as [K, W], by y and u of the first walk; TRANSPOSED ones are read the other way. NORMALIZE
     adds the normaliser's column of the state: v has a last entry 1, and dy the gradient -drop = -dy . y of the sum.
-    It meets the columns of the state (y), or its rows where TRANSPOSED (dq, dk); dv does without.
+    It meets the columns of the state (y), or its rows where TRANSPOSED (dq, dk); dv does without, but not its twin.
 
     The query's factor, scale * inverse, multiplies out from left to right and y from right to left.
 
     Args:
         p_twin: [B, T, H, V] v, for dk in p_twin_out beside dv: what a TRANSPOSED walk would make of it.
-        p_result: [B, T, H, V] y, for dq of a normalised y, where p_drop is written; from right to left it is read, or
-            made from p_result where that is given, by walks that are TRANSPOSED.
+        p_result: [B, T, H, V] y, for dq of a normalised y, where p_drop is written. From right to left dk's walk and
+            the twin read p_drop; TRANSPOSED walks make it from p_result where that is given.
         p_inverse: [B, H, T] of the normaliser, written with y and read after it.
         p_decay: [B, Hkv, T] log_a.
         p_entering: the states [B, Hkv, pieces, K, W] that enter; None for zero.
@@ -258,7 +258,7 @@ def _walk(
             b_sum = tl.zeros([C], tl.float32)
             if NORMALIZE and TRANSPOSED:
                 b_o += b_e[:, None] * b_z[None, :]
-            elif NORMALIZE:
+            elif NORMALIZE and not REVERSE:
                 b_sum = tl.sum(b_x.to(tl.float32) * b_z[None, :], 1)
             if p_twin is not None:
                 b_twin = rows_of(p_twin, i_row, i_head, begin, tokens, o_u, tokens, heads, u_dim, C)
@@ -305,15 +305,15 @@ def _walk(
                     if NORMALIZE and TRANSPOSED:
                         b_p += b_e[:, None] * b_f[None, :]
                     b_p = _seen(b_p, b_w, b_a, live, p_decay is not None, REVERSE)
-                    if NORMALIZE and not TRANSPOSED:
+                    if NORMALIZE and not TRANSPOSED and not REVERSE:
                         b_sum += tl.sum(b_p, 1)
                     b_o = tl.dot(b_p.to(OPERAND), b_u.to(OPERAND), b_o, input_precision=PRECISION)
-                if p_out is not None and p_twin is not None:
-                    b_p = tl.dot(b_twin.to(OPERAND), tl.trans(b_u).to(OPERAND), input_precision=PRECISION)
-                    if NORMALIZE:
-                        b_p += b_f[None, :]
-                    b_p = _seen(b_p, b_w, b_a, live, p_decay is not None, REVERSE)
-                    b_twin_o = tl.dot(b_p.to(OPERAND), b_y.to(OPERAND), b_twin_o, input_precision=PRECISION)
+                    if p_twin is not None:
+                        b_p = tl.dot(b_twin.to(OPERAND), tl.trans(b_u).to(OPERAND), input_precision=PRECISION)
+                        if NORMALIZE:
+                            b_p += b_f[None, :]
+                        b_p = _seen(b_p, b_w, b_a, live, p_decay is not None, REVERSE)
+                        b_twin_o = tl.dot(b_p.to(OPERAND), b_y.to(OPERAND), b_twin_o, input_precision=PRECISION)
                 if p_decay is not None:
                     b_w *= tl.exp(b_a if REVERSE else b_rest)
                 if p_documents is not None:
@@ -700,7 +700,7 @@ def _left(
 def _entering(
     cut: Plan, y: Tensor | None, u: Tensor | None, rows: Rows, state: State, reverse: bool = False, **walk: Any
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(states that enter the pieces, None for zeros; the state that leaves the last, None where the next walk does)."""
+    """(states that enter pieces, None for zeros; what leaves the last piece, None where the next walk leaves it)."""
     if cut.pieces == 1:
         first = state.completed
         return None if first is None else cut.empty_states(1).copy_(first[:, :, None]), None
@@ -757,8 +757,11 @@ def _run_keys(
     normalize: bool,
     **scalars: Any,
 ) -> None:
-    """Fills dk and dv: by one walk, which reads its tensors once for both, if a program holds all of the state."""
-    if cut.twin:
+    """Fills dk and dv: by one walk, which reads its tensors once for both, if a program holds all of the state.
+
+    Decays with a normaliser would spill 700 bytes a thread beside it, the two walks 100.
+    """
+    if cut.twin and not (normalize and rows.decay is not None):
         _run(
             cut, k, q, dy, dv, rows, arriving, leaving, adjoints, twin=(v, dk), reverse=True, normalize=normalize,
             **scalars,

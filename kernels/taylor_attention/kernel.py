@@ -58,6 +58,7 @@ PROGRAMS = 768
 # Features that a program of `_fold` holds: few, so that there are many programs.
 FOLD_BLOCK, FOLD_WARPS = 16, 2
 # Of more pieces than this, `_fold` fetches sums ahead, which do not wait for the state; with two that took 6 us longer.
+# So it is compiled twice at most.
 FOLD_STAGES = 4
 # Elements of a state that a program of `_step` holds at a time. Below STEP_ROWS rows and heads it takes STEP_VALUES of
 # v's dims, else all.

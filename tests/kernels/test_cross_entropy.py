@@ -390,6 +390,17 @@ def test_gradient_of_one_input_alone(frozen, rows, vocabulary, reduction, compil
     torch.testing.assert_close(inputs[1 - frozen].grad, expected[1 - frozen], rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_few_rows_beside_a_frozen_weight_have_chunks(reduction, monkeypatch):
+    """With no gradient of the weight to make of them, all logits at once would only take memory."""
+    monkeypatch.setattr(chunks, "chunk_rows", lambda *_: 7)
+    logits, rows = chunks._logits, []
+    monkeypatch.setattr(chunks, "_logits", lambda hidden, *a: rows.append(len(hidden)) or logits(hidden, *a))
+    (hidden, weight), labels = make(10, 6, 11, torch.bfloat16)
+    linear_cross_entropy(hidden, weight.detach(), labels, reduction=reduction).sum().backward()
+    assert max(rows) == 7
+
+
 @pytest.mark.parametrize("rows", [10, 40], ids=["one chunk", "chunks"])
 @pytest.mark.parametrize("autocast", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 def test_autocast_changes_nothing(autocast, rows):

@@ -230,9 +230,11 @@ def test_gradients_of_keys_share_a_walk_that_holds_the_state(key_dim, value_dim,
     cut = dataclasses.replace(kernel.plan(k, k, v, None, True), operand=tl.bfloat16)
     runs = []
     monkeypatch.setattr(kernel, "_run", lambda *a, **options: runs.append(options))
-    rows = kernel.Rows(None, None, None)
-    kernel._run_keys(cut, k, v, k, v, k, v, rows, None, None, None, normalize=True)
-    assert len(runs) == (1 if twin else 2)
+    for decay, together in ((None, twin), (torch.empty(1, 1, 50), False)):
+        runs.clear()
+        rows = kernel.Rows(decay, None, None)
+        kernel._run_keys(cut, k, v, k, v, k, v, rows, None, None, None, normalize=True)
+        assert len(runs) == (1 if together else 2)
     # What is fetched ahead shares a multiprocessor's memory: of three tensors or four, and a normaliser's.
     plain = dataclasses.replace(cut, width=value_dim)
     stages = [p.tile(key_dim, value_dim, twin).stages for p in (plain, cut) for twin in (False, True)]
@@ -264,7 +266,7 @@ def test_kernel_within_bar_at_length(options, dtype, shape, device, random_segme
 @modes
 def test_no_state_is_one_of_zeros(options, pieces, device, monkeypatch):
     cut_short(monkeypatch, pieces)
-    inputs = make(1, 50, 1, 16, 16, torch.float32, device, **options)
+    inputs = make(2, 50, 1, 16, 16, torch.float32, device, **options)
     zeros = torch.zeros_like(inputs.pop("initial_state"))
     alone = run(inputs, None, "triton", **options)
     given = run(inputs | {"initial_state": zeros.requires_grad_()}, None, "triton", **options)
