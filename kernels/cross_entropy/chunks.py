@@ -127,7 +127,7 @@ def pieces_gradients(
     `by` is every row's highest and the gradients of total, target and spread. With the highest known, chunks may be of
     rows or of columns: whichever leaves the smaller sum to be read and written once a chunk.
     """
-    count, vocabulary = hidden.shape[0], weight.shape[0]
+    vocabulary = weight.shape[0]
 
     def differentiate_(logits: Tensor, rows: slice) -> None:
         highest, by_total, by_target, by_spread = (each[rows] for each in by)
@@ -138,7 +138,7 @@ def pieces_gradients(
     if hidden.element_size() == 2 and at_once(*hidden.shape):
         dhidden, dlogits = _gradients_by_rows(differentiate_, hidden, weight, "logits")
         return dhidden, weight_gradient(dlogits, hidden, vocabulary)
-    if count >= vocabulary:
+    if hidden.shape[0] >= vocabulary:
         return _gradients_by_rows(differentiate_, hidden, weight, "gradient")
     weight = _aligned(weight)
     dhidden, dweight = _sum_like(hidden), torch.empty_like(weight)
